@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// One batch index, several operands read through their own strides: how broadcast operands are read without a copy.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define TRITOOL_BATCH_HD __host__ __device__ __forceinline__
+#else
+// Always inlined: also used by the files that are compiled once per instruction set (see math/hd.h).
+#define TRITOOL_BATCH_HD inline __attribute__((always_inline))
+#endif
+
+namespace tritool {
+
+constexpr int kMaxBatchDims = 8;
+
+// The items 0 .. count-1, in row-major order of `size`; strides count elements. A stride of 0 is a broadcast.
+template <int kOperands>
+struct Batch {
+  int64_t count = 1;
+  int64_t shared = 1;  // see make_batch
+  int dims = 0;
+  int64_t size[kMaxBatchDims] = {};
+  int64_t stride[kMaxBatchDims][kOperands] = {};
+
+  TRITOOL_BATCH_HD void offsets(int64_t item, int64_t (&offset)[kOperands]) const {
+    for (int o = 0; o < kOperands; ++o) offset[o] = 0;
+    for (int d = dims - 1; d >= 0; --d) {
+      // The outermost dimension holds what is left: one division less, and none in the usual one-dimensional case.
+      const int64_t rest = d == 0 ? 0 : item / size[d];
+      const int64_t index = item - rest * size[d];
+      item = rest;
+      for (int o = 0; o < kOperands; ++o) offset[o] += index * stride[d][o];
+    }
+  }
+};
+
+// Builds a Batch from the sizes of the batch dimensions and each operand's strides, merging dimensions where it can.
+// With owner >= 0 the dimensions in which that operand moves (stride != 0) come first: the items that share one element
+// of the owner are then neighbours, `shared` of them. False if more than kMaxBatchDims dimensions remain.
+template <int kOperands>
+bool make_batch(const int64_t* size, int dims, const int64_t* const (&strides)[kOperands], Batch<kOperands>& batch,
+                int owner = -1) {
+  batch = Batch<kOperands>{};
+  for (int pass = 0; pass < 2; ++pass) {  // first what the owner owns, then what its elements share
+    bool first = true;
+    for (int d = 0; d < dims; ++d) {
+      const bool owned = owner < 0 || strides[owner][d] != 0;
+      batch.count *= pass == 0 ? size[d] : 1;
+      if (size[d] == 1 || owned != (pass == 0)) continue;
+      if (pass == 1) batch.shared *= size[d];
+      bool merges = !first;
+      for (int o = 0; o < kOperands && merges; ++o)
+        merges = batch.stride[batch.dims - 1][o] == strides[o][d] * size[d];
+      if (merges) {
+        batch.size[batch.dims - 1] *= size[d];
+      } else {
+        if (batch.dims == kMaxBatchDims) return false;
+        batch.size[batch.dims++] = size[d];
+      }
+      for (int o = 0; o < kOperands; ++o) batch.stride[batch.dims - 1][o] = strides[o][d];
+      first = false;
+    }
+  }
+  return true;
+}
+
+}  // namespace tritool

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Singular values and right singular vectors of a 3x3 matrix by one-sided Jacobi rotations (Hestenes).
+// Chosen because it is accurate column by column: multiplying a column by a power of two changes no rounding, so the
+// units of the world do not cost digits (docs/ops/triangulate.md). Division-safe: an exact zero needs no rotation.
+#pragma once
+
+#include "math/scalar.h"
+
+TRITOOL_MATH_BEGIN
+
+template <class T>
+struct RightSvd3 {
+  T v[3][3];       // columns v[.][i] are the right singular vectors
+  T s_squared[3];  // squared singular values; the smallest is s_squared[2], the others in no particular order
+};
+
+// Enough sweeps for the off-diagonal to reach rounding from a triangular start, with convergence quadratic:
+// 3 suffice in float32, 5 in float64 (tests/native/test_svd3.cpp tries 10^5 matrices, graded and nearly singular).
+template <class T>
+TRITOOL_HD constexpr int jacobi_sweeps() {
+  return sizeof(Real<T>) == 4 ? 4 : 6;
+}
+
+template <class T>
+TRITOOL_HD void jacobi_rotate(T (&a)[3][3], T (&v)[3][3], int p, int q) {
+  T pp = T(0), qq = T(0), pq = T(0);
+  for (int k = 0; k < 3; ++k) {
+    pp = pp + a[k][p] * a[k][p];
+    qq = qq + a[k][q] * a[k][q];
+    pq = pq + a[k][p] * a[k][q];
+  }
+  // tan of the rotation angle, the smaller of the two roots: t = 2 pq / (d + sign(d) sqrt(d^2 + 4 pq^2)), d = qq - pp
+  const T d = qq - pp;
+  const T twice = pq + pq;
+  const T denominator = abs_(d) + sqrt_(d * d + twice * twice);
+  T t = select(denominator == T(0), T(0), twice / select(denominator == T(0), T(1), denominator));
+  t = select(d < T(0), T(0) - t, t);
+  const T cosine = rsqrt_(t * t + T(1));
+  const T sine = t * cosine;
+  for (int k = 0; k < 3; ++k) {
+    const T x = a[k][p], y = a[k][q];
+    a[k][p] = cosine * x - sine * y;
+    a[k][q] = sine * x + cosine * y;
+  }
+  for (int k = 0; k < 3; ++k) {
+    const T x = v[k][p], y = v[k][q];
+    v[k][p] = cosine * x - sine * y;
+    v[k][q] = sine * x + cosine * y;
+  }
+}
+
+// a is overwritten by U S.
+template <class T>
+TRITOOL_HD RightSvd3<T> right_svd3(T (&a)[3][3]) {
+  RightSvd3<T> svd;
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 3; ++j) svd.v[i][j] = T(Real<T>(i == j));
+  for (int sweep = 0; sweep < jacobi_sweeps<T>(); ++sweep) {
+    jacobi_rotate(a, svd.v, 0, 1);
+    jacobi_rotate(a, svd.v, 0, 2);
+    jacobi_rotate(a, svd.v, 1, 2);
+  }
+  for (int i = 0; i < 3; ++i)
+    svd.s_squared[i] = a[0][i] * a[0][i] + a[1][i] * a[1][i] + a[2][i] * a[2][i];
+  for (int i = 0; i < 2; ++i) {  // bring the smallest to index 2, lane by lane
+    const auto swap = svd.s_squared[i] < svd.s_squared[2];
+    const T s = svd.s_squared[i];
+    svd.s_squared[i] = select(swap, svd.s_squared[2], s);
+    svd.s_squared[2] = select(swap, s, svd.s_squared[2]);
+    for (int k = 0; k < 3; ++k) {
+      const T x = svd.v[k][i];
+      svd.v[k][i] = select(swap, svd.v[k][2], x);
+      svd.v[k][2] = select(swap, x, svd.v[k][2]);
+    }
+  }
+  return svd;
+}
+
+TRITOOL_MATH_END

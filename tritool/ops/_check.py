@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of the public functions: what an argument is, what it should be, in one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "align_batch",
+    "broadcast_batch",
+    "geometry_dtype",
+    "positive_number",
+    "tensors",
+    "trailing",
+]
+
+
+def tensors(arguments: Mapping[str, Tensor]) -> None:
+    """Every argument is a real floating-point tensor, all on one device."""
+    first_name, first_device = "", None
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+        if first_device is None:
+            first_name, first_device = name, tensor.device
+        elif tensor.device != first_device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name}, {first_device}, got {tensor.device}"
+            )
+
+
+def trailing(
+    name: str, tensor: Tensor, pattern: str, sizes: Sequence[int | None], *, of: str = ""
+) -> None:
+    """The last dimensions have these sizes; None: any."""
+    fits = tensor.dim() >= len(sizes) and all(
+        want is None or have == want
+        for have, want in zip(tensor.shape[-len(sizes) :], sizes, strict=True)
+    )
+    if not fits:
+        views = f" with C = {sizes[0]} as in {of}" if of else ""
+        raise ValueError(f"{name} must be {pattern}{views}, got {tuple(tensor.shape)}")
+
+
+def broadcast_batch(batches: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+    """The common batch shape."""
+    try:
+        return tuple(torch.broadcast_shapes(*batches.values()))
+    except RuntimeError:
+        shapes = ", ".join(f"{tuple(batch)} of {name}" for name, batch in batches.items())
+        raise ValueError(f"batch dimensions must broadcast, got {shapes}") from None
+
+
+def align_batch(tensor: Tensor, batch: Sequence[int], trailing_dims: int) -> Tensor:
+    """The tensor with as many batch dimensions as the batch has, of size 1 where it broadcasts: a view, no copy."""
+    missing = len(batch) + trailing_dims - tensor.dim()
+    return tensor[(None,) * missing] if missing else tensor
+
+
+def geometry_dtype(arguments: Iterable[Tensor]) -> torch.dtype:
+    """The widest dtype of the arguments, and float32 at least: a projection in half precision means nothing."""
+    dtype = torch.float32
+    for tensor in arguments:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def positive_number(name: str, value: float) -> float:
+    """A finite number above 0."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got a tensor; to learn it, multiply the input by it")
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name} must be a finite number above 0, got {value}")
+    return number

@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of recordings and reconstructions, by matplotlib's objects: no pyplot, no global state.
+
+A scene is drawn by orthographic projection on plain axes, so that lengths can be compared by eye.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tritool.data.recording import Array, Reconstruction, Recording, Status, written_aside
+from tritool.skeletons import limbs, side
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, GREY, PALE = "#22303c", "#8a97a3", "#e3e8ec"
+# Okabe and Ito's palette, told apart by colour-blind eyes too; left is blue and right vermilion.
+SIDE_COLOURS = {"l": "#0072b2", "r": "#d55e00", "": INK}
+CAMERA_COLOURS = (
+    "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31", "#b22222", "#5f7a8a",
+)  # fmt: skip
+STATUS_COLOURS = {
+    Status.FOUND: "#c5dfdd",
+    Status.TOO_FEW_VIEWS: "#e69f00",
+    Status.DEGENERATE: "#cc79a7",
+    Status.BEHIND_CAMERA: "#d55e00",
+    Status.INVALID_INPUT: INK,
+}
+# A camera axis this close to a world axis means that axis, the rest being the cameras' tilt.
+SNAP_DEGREES = 30.0
+
+
+@dataclass(frozen=True)
+class View:
+    """An orthographic view of the world.
+
+    Attributes:
+        right: [3] the world direction that points right in the picture.
+        up: [3] the one that points up.
+        away: [3] the one that points away from the eye.
+    """
+
+    right: Array
+    up: Array
+    away: Array
+
+    @classmethod
+    def around(
+        cls, up: Array, ahead: Array, *, azimuth: float = 0.0, elevation: float = 0.0
+    ) -> View:
+        """Looks along ``ahead`` and walks around: azimuth to the right, elevation up, degrees."""
+        ahead = _unit(ahead - (ahead @ up) * up)
+        right = np.cross(ahead, up)
+        a, e = math.radians(azimuth), math.radians(elevation)
+        level = math.cos(a) * ahead - math.sin(a) * right
+        away = math.cos(e) * level - math.sin(e) * up
+        return cls(np.cross(level, up), math.sin(e) * level + math.cos(e) * up, away)
+
+    def __call__(self, points: npt.ArrayLike) -> Array:
+        """Maps world points [..., 3] into the picture [..., 2], in world units."""
+        return np.asarray(points, dtype=np.float64) @ np.stack([self.right, self.up], axis=-1)
+
+    def depth(self, points: npt.ArrayLike) -> Array:
+        """Returns how far away [...] world points [..., 3] are: for drawing the near ones last."""
+        depth: Array = np.asarray(points, dtype=np.float64) @ self.away
+        return depth
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Makes a figure that needs no display.
+
+    Args:
+        width: inches.
+        height: inches.
+
+    Returns:
+        An empty figure with a canvas of its own.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(path: str | os.PathLike[str], figure: Figure, *, dpi: int = 140) -> None:
+    """Writes a figure, all of it or nothing.
+
+    Args:
+        path: the file, replaced if it exists; its ending tells the format.
+        figure: what to write.
+        dpi: pixels an inch, for formats that have pixels.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is untouched.
+    """
+    with written_aside(path) as aside:
+        figure.savefig(aside, dpi=dpi)
+
+
+def plot_reconstruction(
+    path: str | os.PathLike[str], recording: Recording, reconstruction: Reconstruction
+) -> None:
+    """Draws one picture of a reconstruction: the scene, the errors, and what is missing when.
+
+    The frame shown is the one with the most points, and among those the one of the least
+    reprojection error.
+
+    Args:
+        path: the file, ``.png``, ``.pdf`` or ``.svg``; replaced if it exists.
+        recording: what was reconstructed.
+        reconstruction: what was made of it.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is untouched.
+    """
+    frame = _representative_frame(reconstruction)
+    points = reconstruction.keypoints_3d[frame]
+    up = up_direction(recording.R)
+    ahead = _ahead(points, up)
+
+    figure = new_figure(14.0, 9.0)
+    grid = figure.add_gridspec(
+        2, 12, height_ratios=(1.55, 1), left=0.055, right=0.975, top=0.86, bottom=0.08,
+        hspace=0.36, wspace=1.6,
+    )  # fmt: skip
+    scene, close, above = (
+        figure.add_subplot(grid[0, columns]) for columns in (slice(0, 5), slice(5, 8), slice(8, 12))
+    )
+    cameras, time = (figure.add_subplot(grid[1, cols]) for cols in (slice(0, 5), slice(5, 12)))
+
+    name = str(recording.meta.get("name", ""))
+    found = int((reconstruction.status == Status.FOUND).sum())
+    headline = f"{found} of {reconstruction.status.size} points found"
+    figure.text(0.055, 0.955, headline, fontsize=17, fontweight="bold", color=INK)
+    shown = f"shown: frame {reconstruction.frame_ids[frame]}"
+    subtitle = "   |   ".join(text for text in (name, shown) if text)
+    figure.text(0.055, 0.927, verbatim(subtitle), fontsize=10.5, color=GREY)
+
+    _draw_scene(scene, recording, points, View.around(up, ahead, azimuth=35, elevation=22))
+    _draw_close(close, recording, points, View.around(up, ahead, azimuth=20, elevation=5), frame)
+    _draw_above(above, recording, points, View.around(up, _nearest_axis(ahead, up), elevation=90))
+    _draw_camera_errors(cameras, reconstruction)
+    _draw_time(time, reconstruction)
+    save_figure(path, figure)
+
+
+def title(axes: Axes, text: str, note: str = "") -> None:
+    """Heads an axes, with a note in grey below the title."""
+    pad = 20 if note else 8
+    axes.set_title(text, loc="left", fontsize=12, fontweight="bold", color=INK, pad=pad)
+    if note:
+        axes.annotate(
+            note, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points",
+            fontsize=9, color=GREY, va="bottom",
+        )  # fmt: skip
+
+
+def verbatim(text: str) -> str:
+    """Keeps matplotlib from reading a user's text as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def up_direction(R: Array) -> Array:
+    """Guesses which way is up, from the cameras: they are mostly held upright.
+
+    Args:
+        R: [V, 3, 3] rotations, world to camera.
+
+    Returns:
+        [3] a unit vector: a world axis if one is near, for then the rest is the cameras' tilt.
+    """
+    up = _unit(-R[:, 1].mean(axis=0))
+    axis = int(np.abs(up).argmax())
+    if abs(up[axis]) < math.cos(math.radians(SNAP_DEGREES)):
+        return up
+    snapped = np.zeros(3)
+    snapped[axis] = np.sign(up[axis])
+    return snapped
+
+
+def draw_cameras(
+    axes: Axes, view: View, recording: Recording, size: float, *, label: bool = True
+) -> None:
+    """Draws each camera as the pyramid it sees, ``size`` world units deep.
+
+    Args:
+        axes: where.
+        view: from where.
+        recording: whose cameras.
+        size: depth of the pyramids, world unit.
+        label: whether to write the cameras' names beside them.
+    """
+    for index, name in enumerate(recording.camera_names):
+        colour = CAMERA_COLOURS[index % len(CAMERA_COLOURS)]
+        centre, corners = _pyramid(recording, index, size)
+        tip, base = view(centre), view(corners)
+        behind = tip - base.mean(axis=0)
+        behind *= 12 / max(float(np.linalg.norm(behind)), 1e-9 * size)
+        axes.fill(*base.T, facecolor=colour, alpha=0.18, edgecolor=colour, linewidth=1.1)
+        for corner in base:
+            axes.plot(*np.stack([tip, corner], axis=-1), color=colour, linewidth=1.1)
+        axes.plot(*tip, "o", color=colour, markersize=4.5)
+        if label:
+            axes.annotate(
+                verbatim(name), (float(tip[0]), float(tip[1])), (float(behind[0]), float(behind[1])),
+                textcoords="offset points", va="center", fontsize=9, color=colour,
+                fontweight="bold", ha="left" if behind[0] > 6 else "right" if behind[0] < -6 else "center",
+            )  # fmt: skip
+
+
+def draw_skeleton(
+    axes: Axes,
+    view: View,
+    points: Array,
+    joint_names: Sequence[str],
+    *,
+    colour: str | None = None,
+    width: float = 2.6,
+    joints: bool = True,
+    **style: Any,
+) -> None:
+    """Draws one body, or bare points where the names are not those of a body.
+
+    Args:
+        axes: where.
+        view: from where.
+        points: [J, 3] joints, NaN where missing.
+        joint_names: J names.
+        colour: of all limbs; default by the side of the body.
+        width: of the limbs, points.
+        joints: whether to draw the joints as dots.
+        style: passed to matplotlib's ``plot``.
+    """
+    places, depth = view(points), view.depth(points)
+    # The farthest first, so that near limbs cover far ones.
+    for a, b in sorted(limbs(joint_names), key=lambda limb: -(depth[limb[0]] + depth[limb[1]])):
+        sides = {side(joint_names[a]), side(joint_names[b])} - {""}
+        own = colour or SIDE_COLOURS[sides.pop() if len(sides) == 1 else ""]
+        axes.plot(
+            *places[[a, b]].T, color=own, linewidth=width, solid_capstyle="round", **style
+        )  # fmt: skip
+    if joints:
+        dots = np.array([colour or SIDE_COLOURS[side(name)] for name in joint_names])
+        found = np.isfinite(places).all(axis=-1)
+        axes.scatter(
+            places[found, 0], places[found, 1], s=(1.6 * width) ** 2, c=dots[found],
+            edgecolors="white", linewidths=0.5, zorder=3, alpha=style.get("alpha"),
+        )  # fmt: skip
+
+
+def draw_floor(axes: Axes, view: View, up: Array, points: Array, height: float) -> float:
+    """Draws a grid on the floor under some points.
+
+    Args:
+        axes: where.
+        view: from where.
+        up: [3] the direction up.
+        points: [N, 3] what the floor should extend under, world unit.
+        height: of the floor along ``up``, world unit.
+
+    Returns:
+        The spacing of the grid, world unit.
+    """
+    east = _unit(np.cross(up, np.roll(np.abs(up).round(), 1) + 1e-3 * np.roll(up, 2)))
+    north = np.cross(up, east)
+    flat = points @ np.stack([east, north], axis=-1)
+    low, high = flat.min(axis=0), flat.max(axis=0)
+    step = nice_step(float((high - low).max()), 8)
+    low, high = np.floor(low / step) * step, np.ceil(high / step) * step
+    corner = height * up
+    for along, across, own, other in ((east, north, 0, 1), (north, east, 1, 0)):
+        for at in np.arange(low[own], high[own] + step / 2, step):
+            ends = [corner + at * along + end * across for end in (low[other], high[other])]
+            axes.plot(*view(ends).T, color=PALE, linewidth=0.8, zorder=0)
+    return step
+
+
+def nice_step(extent: float, pieces: int) -> float:
+    """Returns the smallest of 1, 2, 5 x 10^n that cuts an extent into no more than some pieces."""
+    if not extent > 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(extent / pieces))
+    return next(power * digit for digit in (1, 2, 5, 10) if power * digit * pieces >= extent)
+
+
+def bare(axes: Axes) -> None:
+    """Leaves only what was drawn: no frame, no ticks, equal lengths."""
+    axes.set_axis_off()
+    axes.set_aspect("equal", adjustable="datalim")
+
+
+def light(axes: Axes) -> None:
+    """Thins the frame and ticks out, for the data to stand before them."""
+    for edge in ("top", "right"):
+        axes.spines[edge].set_visible(False)
+    for edge in ("left", "bottom"):
+        axes.spines[edge].set_color(GREY)
+    axes.tick_params(colors=INK, labelsize=9, length=3, color=GREY)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+
+
+def scale_bar(axes: Axes, length: float, unit: str) -> None:
+    """Draws a length to compare with at the lower left of a `bare` axes."""
+    from matplotlib.transforms import blended_transform_factory
+
+    left = axes.get_xlim()[0]
+    across = blended_transform_factory(axes.transData, axes.transAxes)
+    axes.plot([left, left + length], [0.0, 0.0], color=INK, linewidth=2, transform=across)
+    axes.text(
+        left + length / 2, -0.015, verbatim(f"{length:g} {unit}"), transform=across,
+        ha="center", va="top", fontsize=9, color=INK,
+    )  # fmt: skip
+
+
+def _draw_scene(axes: Axes, recording: Recording, points: Array, view: View) -> None:
+    up = up_direction(recording.R)
+    centres = _centres(recording)
+    found = points[np.isfinite(points).all(axis=-1)]
+    everything = np.concatenate([centres, found])
+    # Below everything found there is the floor, as far as can be told.
+    floor = float((found @ up).min()) if len(found) else float((centres @ up).min())
+    step = draw_floor(axes, view, up, everything, floor)
+    size = 0.1 * _extent(everything)
+    for centre in centres:
+        foot = centre + (floor - centre @ up) * up
+        axes.plot(*view([centre, foot]).T, color=GREY, linewidth=0.7, linestyle=":", zorder=0.5)
+    draw_cameras(axes, view, recording, size)
+    _draw_actors(axes, view, recording, points, width=1.8)
+    bare(axes)
+    axes.margins(0.03)
+    axes.autoscale_view()
+    title(axes, "The scene", verbatim(f"floor grid {step:g} {recording.unit}"))
+
+
+def _draw_close(
+    axes: Axes, recording: Recording, points: Array, view: View, frame: int
+) -> None:
+    if recording.gt3d is not None:
+        for reference in recording.gt3d[frame]:
+            draw_skeleton(
+                axes, view, reference, recording.joint_names, colour=GREY, width=1.2, joints=False
+            )
+    _draw_actors(axes, view, recording, points, width=3.0)
+    bare(axes)
+    found = points[np.isfinite(points).all(axis=-1)]
+    axes.margins(0.08)
+    axes.autoscale_view()
+    title(axes, "The points", "close by")
+    if len(found):
+        scale_bar(axes, nice_step(_extent(found), 4), recording.unit)
+    legend = []
+    if limbs(recording.joint_names) and len(points) == 1:
+        legend += [(SIDE_COLOURS["l"], "left"), (SIDE_COLOURS["r"], "right")]
+    if recording.gt3d is not None:
+        legend += [(GREY, "reference")]
+    for row, (colour, text) in enumerate(legend):
+        axes.text(
+            1.0, 1.0 - 0.05 * row, text, transform=axes.transAxes, color=colour, fontsize=9.5,
+            ha="right", va="top", fontweight="bold",
+        )  # fmt: skip
+
+
+def _draw_above(axes: Axes, recording: Recording, points: Array, view: View) -> None:
+    centres = _centres(recording)
+    everything = np.concatenate([centres, points[np.isfinite(points).all(axis=-1)]])
+    draw_cameras(axes, view, recording, 0.1 * _extent(everything))
+    _draw_actors(axes, view, recording, points, width=1.6)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.1)
+    axes.autoscale_view()
+    light(axes)
+    axes.grid(color=PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    title(axes, "From above", "cameras and points")
+    axes.set_xlabel(verbatim(f"{_axis_name(view.right)} [{recording.unit}]"))
+    axes.set_ylabel(verbatim(f"{_axis_name(view.up)} [{recording.unit}]"))
+
+
+def _draw_actors(
+    axes: Axes, view: View, recording: Recording, points: Array, width: float
+) -> None:
+    # One body is coloured by its sides, several by who is who.
+    several = len(points) > 1
+    for actor, pose in enumerate(points):
+        colour = CAMERA_COLOURS[-1 - actor % len(CAMERA_COLOURS)] if several else None
+        draw_skeleton(axes, view, pose, recording.joint_names, colour=colour, width=width)
+
+
+def _draw_camera_errors(axes: Axes, reconstruction: Reconstruction) -> None:
+    names = reconstruction.camera_names
+    errors = reconstruction.reprojection_error.swapaxes(0, 2).reshape(-1, *(
+        reconstruction.reprojection_error.shape[i] for i in (1, 0, 3)
+    ))  # fmt: skip
+    finite = [each[np.isfinite(each)] for each in errors]
+    boxes = axes.boxplot(
+        finite, orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.55,
+        patch_artist=True, medianprops={"color": INK, "linewidth": 2},
+        whiskerprops={"color": GREY}, capprops={"color": GREY}, boxprops={"linewidth": 0},
+    )  # fmt: skip
+    for index, box in enumerate(boxes["boxes"]):
+        box.set_facecolor(CAMERA_COLOURS[index % len(CAMERA_COLOURS)])
+        box.set_alpha(0.55)
+    labels = [
+        f"{verbatim(name)}\n{np.median(each):.3g} px" if each.size else f"{verbatim(name)}\nunused"
+        for name, each in zip(names, finite, strict=True)
+    ]
+    axes.set_yticks(range(1, len(names) + 1), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("reprojection error [measured px]")
+    light(axes)
+    axes.grid(axis="x", color=PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    title(axes, "Reprojection error per camera", "line: median, box: middle half, whiskers: 5-95 %")
+
+
+def _draw_time(axes: Axes, reconstruction: Reconstruction) -> None:
+    status = reconstruction.status.reshape(len(reconstruction.status), -1)
+    ids = reconstruction.frame_ids
+    ordered = ids.dtype.kind in "iu" and bool((np.diff(ids.astype(np.int64)) > 0).all())
+    start = ids.astype(np.float64) if ordered else np.arange(len(ids), dtype=np.float64)
+    edges = np.append(start, start[-1] + 1)
+    below = np.zeros(len(status))
+    for each in Status:
+        count = (status == each).sum(axis=1)
+        if not count.any():
+            continue
+        share = 100 * count.sum() / status.size
+        axes.stairs(
+            below + count, edges, baseline=below, fill=True, color=STATUS_COLOURS[each],
+            label=f"{each.meaning}  {share:.1f} %", linewidth=0,
+        )  # fmt: skip
+        below = below + count
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylim(0, status.shape[1])
+    axes.set_xlabel("frame" if ordered else "frame, in the order of the file")
+    axes.set_ylabel("joints" if reconstruction.status.shape[1] == 1 else "joints of all actors")
+    light(axes)
+    title(axes, "Found and missing over time", "joints of every frame")
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 1.06), ncols=len(Status), frameon=False, fontsize=9,
+        borderaxespad=0.2, handlelength=1.0, columnspacing=1.4,
+    )  # fmt: skip
+
+
+def _representative_frame(reconstruction: Reconstruction) -> int:
+    found = (reconstruction.status == Status.FOUND).sum(axis=(1, 2))
+    errors = reconstruction.reprojection_error.reshape(len(found), -1)
+    finite = np.isfinite(errors)
+    mean = np.where(finite, errors, 0).sum(axis=1) / np.maximum(finite.sum(axis=1), 1)
+    return int(np.lexsort((mean, -found))[0])
+
+
+def _ahead(points: Array, up: Array) -> Array:
+    """A level direction to look along that shows the points at their broadest."""
+    found = points[np.isfinite(points).all(axis=-1)]
+    level = np.eye(3) - np.outer(up, up)
+    if len(found) < 2:
+        return _unit(level[int(np.abs(up).argmin())])
+    spread = (found - found.mean(axis=0)) @ level
+    broadest = np.linalg.svd(spread, full_matrices=False)[2][0]
+    return np.cross(up, broadest)
+
+
+def _nearest_axis(direction: Array, up: Array) -> Array:
+    """The level world axis nearest to a direction, so that a map has x and y; if up is an axis."""
+    if np.abs(up).max() < 1:
+        return direction
+    nearest = np.zeros(3)
+    axis = int(np.abs(direction - (direction @ up) * up).argmax())
+    nearest[axis] = np.sign(direction[axis])
+    return nearest
+
+
+def _centres(recording: Recording) -> Array:
+    centres: Array = -np.einsum("vji,vj->vi", recording.R, recording.t)
+    return centres
+
+
+def _pyramid(recording: Recording, index: int, size: float) -> tuple[Array, Array]:
+    """Centre [3] of a camera and the corners [4, 3] of its image at depth ``size``."""
+    K, R, t = recording.K[index], recording.R[index], recording.t[index]
+    # Without a size the principal point stands in for the middle of the image.
+    wide, high = 2 * K[:2, 2] if recording.image_size is None else recording.image_size[index]
+    corners = np.array([[0, 0, 1], [wide, 0, 1], [wide, high, 1], [0, high, 1]], dtype=np.float64)
+    rays = corners @ np.linalg.inv(K).T * size
+    return -R.T @ t, (rays - t) @ R
+
+
+def _extent(points: Array) -> float:
+    return float(np.linalg.norm(np.ptp(points, axis=0))) or 1.0
+
+
+def _axis_name(direction: Array) -> str:
+    axis = int(np.abs(direction).argmax())
+    if abs(direction[axis]) < 0.999:
+        return "level distance"
+    return f"{'-' if direction[axis] < 0 else ''}{'xyz'[axis]}"
+
+
+def _unit(vector: Array) -> Array:
+    unit: Array = vector / np.linalg.norm(vector)
+    return unit
