@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -49,9 +49,9 @@ class _Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from tritool import __version__
+        from importlib.metadata import version
 
-        print(f"tritool {__version__}")
+        print(f"tritool {version('tritool')}")
         parser.exit()
 
 
@@ -87,7 +87,9 @@ def _run(arguments: list[str]) -> int:
     try:
         options = build_parser().parse_args(arguments)
         command: Command = options.command
-        result, text = command(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            result, text = command(options)
         print(json.dumps(result, indent=2, allow_nan=False) if options.json else text)
         return DONE
     except BrokenPipeError:
@@ -99,6 +101,11 @@ def _run(arguments: list[str]) -> int:
         return WRONG_USE if isinstance(error, WrongUse) else BAD_INPUT
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    text = " ".join(str(message).removeprefix("tritool:").split())
+    print(f"tritool: warning: {text}", file=sys.stderr)
+
+
 def _explain(error: Exception) -> str:
     """One line about an error, in the user's words where it is the user's."""
     if isinstance(error, OSError) and error.filename is not None:
@@ -106,7 +113,9 @@ def _explain(error: Exception) -> str:
     elif isinstance(error, WrongUse | BadInput):
         message = str(error)
     else:
-        message = f"{type(error).__name__}: {error} (--debug shows where)"
+        # Unforeseen, and perhaps pages long: torch lists its dispatch tables.
+        start = str(error).partition("\n")[0][:300]
+        message = f"{type(error).__name__}: {start} (--debug shows where)"
     return " ".join(message.split())
 
 
@@ -250,8 +259,6 @@ def _triangulate(options: argparse.Namespace) -> tuple[Result, str]:
             raise WrongUse(f"{path} is the recording itself, it would be overwritten")
         if not path.parent.is_dir():
             raise BadInput(f"{path}: there is no folder {path.parent}")
-    if options.plot is not None:
-        _need_matplotlib("--plot")
 
     from tritool.data.recording import RecordingError, read_recording, write_reconstruction
     from tritool.reconstruction import reconstruct, summarise
@@ -326,7 +333,6 @@ def _count(number: int, what: str) -> str:
 
 
 def _demo(options: argparse.Namespace) -> tuple[Result, str]:
-    _need_matplotlib("the demo")
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -347,7 +353,8 @@ def _info(options: argparse.Namespace) -> tuple[Result, str]:
 
 def _fact_lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     width = max((len(name) for name in facts), default=0)
-    for name, value in facts.items():
+    for key, value in facts.items():
+        name = key.replace("_", " ")
         if isinstance(value, Mapping):
             yield f"{indent}{name}"
             yield from _fact_lines(value, f"{indent}  ")
@@ -358,13 +365,9 @@ def _fact_lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 def _fact(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(_fact, value)) or "none"
-    words = {None: "none", True: "yes", False: "no"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
-
-
-def _need_matplotlib(what: str) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BadInput(f"{what} needs matplotlib, which is not installed: pip install matplotlib")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value in (None, "") else str(value)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,8 @@ STATUS_COLOURS = {
     Status.BEHIND_CAMERA: "#d55e00",
     Status.INVALID_INPUT: INK,
 }
+# Where the axes and headings begin, as a part of the figure's width.
+LEFT = 0.07
 # A camera axis this close to a world axis means that axis, the rest being the cameras' tilt.
 SNAP_DEGREES = 30.0
 
@@ -131,7 +133,7 @@ def plot_reconstruction(
 
     figure = new_figure(14.0, 9.0)
     grid = figure.add_gridspec(
-        2, 12, height_ratios=(1.55, 1), left=0.055, right=0.975, top=0.86, bottom=0.08,
+        2, 12, height_ratios=(1.55, 1), left=LEFT, right=0.975, top=0.86, bottom=0.08,
         hspace=0.36, wspace=1.6,
     )  # fmt: skip
     scene, close, above = (
@@ -141,23 +143,28 @@ def plot_reconstruction(
 
     name = str(recording.meta.get("name", ""))
     found = int((reconstruction.status == Status.FOUND).sum())
-    headline = f"{found} of {reconstruction.status.size} points found"
-    figure.text(0.055, 0.955, headline, fontsize=17, fontweight="bold", color=INK)
+    heading = f"{found} of {reconstruction.status.size} points found"
     shown = f"shown: frame {reconstruction.frame_ids[frame]}"
-    subtitle = "   |   ".join(text for text in (name, shown) if text)
-    figure.text(0.055, 0.927, verbatim(subtitle), fontsize=10.5, color=GREY)
+    headline(figure, heading, "   |   ".join(text for text in (name, shown) if text))
 
     _draw_scene(scene, recording, points, View.around(up, ahead, azimuth=35, elevation=22))
     _draw_close(close, recording, points, View.around(up, ahead, azimuth=20, elevation=5), frame)
-    _draw_above(above, recording, points, View.around(up, _nearest_axis(ahead, up), elevation=90))
+    _draw_above(above, recording, points, View.around(up, _map_ahead(up, ahead), elevation=90))
     _draw_camera_errors(cameras, reconstruction)
     _draw_time(time, reconstruction)
     save_figure(path, figure)
 
 
+def headline(figure: Figure, text: str, note: str) -> None:
+    """Heads a figure, with a note in grey below."""
+    height = figure.get_figheight()
+    figure.text(LEFT, 1 - 0.42 / height, verbatim(text), fontsize=17, fontweight="bold", color=INK)
+    figure.text(LEFT, 1 - 0.68 / height, verbatim(note), fontsize=10.5, color=GREY)
+
+
 def title(axes: Axes, text: str, note: str = "") -> None:
     """Heads an axes, with a note in grey below the title."""
-    pad = 20 if note else 8
+    pad = 8 + 12 * len(note.splitlines())
     axes.set_title(text, loc="left", fontsize=12, fontweight="bold", color=INK, pad=pad)
     if note:
         axes.annotate(
@@ -169,6 +176,13 @@ def title(axes: Axes, text: str, note: str = "") -> None:
 def verbatim(text: str) -> str:
     """Keeps matplotlib from reading a user's text as mathematics."""
     return text.replace("$", r"\$")
+
+
+def tint(colour: str, strength: float) -> tuple[float, ...]:
+    """Mixes a colour with white; 1 leaves it as it is."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(1 - strength * (1 - part) for part in to_rgb(colour))
 
 
 def up_direction(R: Array) -> Array:
@@ -190,7 +204,7 @@ def up_direction(R: Array) -> Array:
 
 
 def draw_cameras(
-    axes: Axes, view: View, recording: Recording, size: float, *, label: bool = True
+    axes: Axes, view: View, recording: Recording, size: float, *, beside: bool = True
 ) -> None:
     """Draws each camera as the pyramid it sees, ``size`` world units deep.
 
@@ -199,24 +213,31 @@ def draw_cameras(
         view: from where.
         recording: whose cameras.
         size: depth of the pyramids, world unit.
-        label: whether to write the cameras' names beside them.
+        beside: whether names stand beside the cameras, away from what they see, or, to take less
+            width, above or below them.
     """
     for index, name in enumerate(recording.camera_names):
         colour = CAMERA_COLOURS[index % len(CAMERA_COLOURS)]
         centre, corners = _pyramid(recording, index, size)
         tip, base = view(centre), view(corners)
-        behind = tip - base.mean(axis=0)
-        behind *= 12 / max(float(np.linalg.norm(behind)), 1e-9 * size)
+        x, y = _unit(tip - base.mean(axis=0) + 1e-9 * size) * 12
+        if not beside:
+            x, y = 0.0, math.copysign(11, y)
         axes.fill(*base.T, facecolor=colour, alpha=0.18, edgecolor=colour, linewidth=1.1)
         for corner in base:
             axes.plot(*np.stack([tip, corner], axis=-1), color=colour, linewidth=1.1)
         axes.plot(*tip, "o", color=colour, markersize=4.5)
-        if label:
-            axes.annotate(
-                verbatim(name), (float(tip[0]), float(tip[1])), (float(behind[0]), float(behind[1])),
-                textcoords="offset points", va="center", fontsize=9, color=colour,
-                fontweight="bold", ha="left" if behind[0] > 6 else "right" if behind[0] < -6 else "center",
-            )  # fmt: skip
+        axes.annotate(
+            verbatim(name),
+            (float(tip[0]), float(tip[1])),
+            (float(x), float(y)),
+            textcoords="offset points",
+            ha="left" if x > 6 else "right" if x < -6 else "center",
+            va="center",
+            fontsize=9,
+            fontweight="bold",
+            color=colour,
+        )
 
 
 def draw_skeleton(
@@ -344,9 +365,7 @@ def _draw_scene(axes: Axes, recording: Recording, points: Array, view: View) -> 
     title(axes, "The scene", verbatim(f"floor grid {step:g} {recording.unit}"))
 
 
-def _draw_close(
-    axes: Axes, recording: Recording, points: Array, view: View, frame: int
-) -> None:
+def _draw_close(axes: Axes, recording: Recording, points: Array, view: View, frame: int) -> None:
     if recording.gt3d is not None:
         for reference in recording.gt3d[frame]:
             draw_skeleton(
@@ -375,10 +394,10 @@ def _draw_close(
 def _draw_above(axes: Axes, recording: Recording, points: Array, view: View) -> None:
     centres = _centres(recording)
     everything = np.concatenate([centres, points[np.isfinite(points).all(axis=-1)]])
-    draw_cameras(axes, view, recording, 0.1 * _extent(everything))
+    draw_cameras(axes, view, recording, 0.1 * _extent(everything), beside=False)
     _draw_actors(axes, view, recording, points, width=1.6)
     axes.set_aspect("equal", adjustable="datalim")
-    axes.margins(0.1)
+    axes.margins(0.2)
     axes.autoscale_view()
     light(axes)
     axes.grid(color=PALE, linewidth=0.8)
@@ -388,9 +407,7 @@ def _draw_above(axes: Axes, recording: Recording, points: Array, view: View) -> 
     axes.set_ylabel(verbatim(f"{_axis_name(view.up)} [{recording.unit}]"))
 
 
-def _draw_actors(
-    axes: Axes, view: View, recording: Recording, points: Array, width: float
-) -> None:
+def _draw_actors(axes: Axes, view: View, recording: Recording, points: Array, width: float) -> None:
     # One body is coloured by its sides, several by who is who.
     several = len(points) > 1
     for actor, pose in enumerate(points):
@@ -399,25 +416,21 @@ def _draw_actors(
 
 
 def _draw_camera_errors(axes: Axes, reconstruction: Reconstruction) -> None:
-    names = reconstruction.camera_names
-    errors = reconstruction.reprojection_error.swapaxes(0, 2).reshape(-1, *(
-        reconstruction.reprojection_error.shape[i] for i in (1, 0, 3)
-    ))  # fmt: skip
-    finite = [each[np.isfinite(each)] for each in errors]
-    boxes = axes.boxplot(
-        finite, orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.55,
-        patch_artist=True, medianprops={"color": INK, "linewidth": 2},
-        whiskerprops={"color": GREY}, capprops={"color": GREY}, boxprops={"linewidth": 0},
-    )  # fmt: skip
-    for index, box in enumerate(boxes["boxes"]):
-        box.set_facecolor(CAMERA_COLOURS[index % len(CAMERA_COLOURS)])
-        box.set_alpha(0.55)
-    labels = [
-        f"{verbatim(name)}\n{np.median(each):.3g} px" if each.size else f"{verbatim(name)}\nunused"
-        for name, each in zip(names, finite, strict=True)
-    ]
-    axes.set_yticks(range(1, len(names) + 1), labels)
-    axes.invert_yaxis()
+    labels = []
+    for row, name in enumerate(reconstruction.camera_names):
+        errors = reconstruction.reprojection_error[:, :, row]
+        errors = errors[np.isfinite(errors)]
+        if errors.size == 0:
+            labels.append(f"{verbatim(name)}\nunused")
+            continue
+        least, low, median, high, most = np.percentile(errors, (5, 25, 50, 75, 95))
+        colour = CAMERA_COLOURS[row % len(CAMERA_COLOURS)]
+        axes.plot([least, most], [row, row], "|-", color=GREY, linewidth=1.2, markersize=12)
+        axes.barh(row, high - low, 0.55, left=low, color=tint(colour, 0.5), zorder=2)
+        axes.plot([median, median], [row - 0.27, row + 0.27], color=INK, linewidth=2.4)
+        labels.append(f"{verbatim(name)}\n{median:.3g} px")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.set_xlabel("reprojection error [measured px]")
     light(axes)
@@ -448,11 +461,13 @@ def _draw_time(axes: Axes, reconstruction: Reconstruction) -> None:
     axes.set_xlabel("frame" if ordered else "frame, in the order of the file")
     axes.set_ylabel("joints" if reconstruction.status.shape[1] == 1 else "joints of all actors")
     light(axes)
-    title(axes, "Found and missing over time", "joints of every frame")
     axes.legend(
-        loc="lower right", bbox_to_anchor=(1.0, 1.06), ncols=len(Status), frameon=False, fontsize=9,
-        borderaxespad=0.2, handlelength=1.0, columnspacing=1.4,
+        loc="lower left", bbox_to_anchor=(0.0, 1.005), ncols=len(Status), frameon=False,
+        fontsize=9, labelcolor=GREY, borderpad=0, borderaxespad=0.2, handlelength=1.0,
+        columnspacing=1.4,
     )  # fmt: skip
+    # The blank note leaves the legend its line below the title.
+    title(axes, "Found and missing over time", " ")
 
 
 def _representative_frame(reconstruction: Reconstruction) -> int:
@@ -474,14 +489,13 @@ def _ahead(points: Array, up: Array) -> Array:
     return np.cross(up, broadest)
 
 
-def _nearest_axis(direction: Array, up: Array) -> Array:
-    """The level world axis nearest to a direction, so that a map has x and y; if up is an axis."""
+def _map_ahead(up: Array, ahead: Array) -> Array:
+    """The direction at the top of a map: x or y or z points right, if ``up`` is a world axis."""
     if np.abs(up).max() < 1:
-        return direction
-    nearest = np.zeros(3)
-    axis = int(np.abs(direction - (direction @ up) * up).argmax())
-    nearest[axis] = np.sign(direction[axis])
-    return nearest
+        return ahead
+    axes = [sign * axis for axis in np.eye(3) for sign in (1.0, -1.0) if axis @ up == 0]
+    # Right must be a positive axis, the top one too if that can be had.
+    return max(axes, key=lambda top: (np.cross(top, up).sum(), top.sum()))
 
 
 def _centres(recording: Recording) -> Array:

@@ -38,7 +38,7 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int64_t kMaxGridX = 2147483647;  // gridDim.y and .z end at 65535 already
 
-// ---- Launching -----------------------------------------------------------------------------------
+// ---- Launching ----
 
 // Shields the commas of a template argument list: TRITOOL_KERNEL(scale<float, true>).
 #define TRITOOL_KERNEL(...) __VA_ARGS__
@@ -51,7 +51,7 @@ constexpr int64_t kMaxGridX = 2147483647;  // gridDim.y and .z end at 65535 alre
 // failure, also one inside the kernel, is a std::runtime_error.
 #if defined(TRITOOL_EMULATOR)
 
-#define TRITOOL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                       \
+#define TRITOOL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                        \
   (static_cast<void>(stream), ::tritool::emulator::launch(TRITOOL_TEXT(kernel), kernel, grid, \
                                                           block, shared_bytes, __VA_ARGS__))
 
@@ -82,7 +82,7 @@ inline const char* launch_error_text(int error) {
 
 #endif
 
-// ---- Shared memory -------------------------------------------------------------------------------
+// ---- Shared memory ----
 
 // TRITOOL_SHARED(T, name, n): the block-wide array `T name[n]`; n is a constant, T a plain type
 // without a comma in its name.
@@ -91,9 +91,9 @@ inline const char* launch_error_text(int error) {
 // Both start out unset.
 #if defined(TRITOOL_EMULATOR)
 
-#define TRITOOL_SHARED(T, name, n)                                                       \
-  static const char tritool_shared_key_##name = 0;                                       \
-  ::tritool::emulator::SharedArray<T, n>& name =                                         \
+#define TRITOOL_SHARED(T, name, n)                 \
+  static const char tritool_shared_key_##name = 0; \
+  ::tritool::emulator::SharedArray<T, n>& name =   \
       ::tritool::emulator::shared_array<T, n>(&tritool_shared_key_##name)
 #define TRITOOL_DYNAMIC_SHARED(T, name) T* name = ::tritool::emulator::dynamic_shared<T>()
 
@@ -107,7 +107,7 @@ inline const char* launch_error_text(int error) {
 
 #endif
 
-// ---- Grids and indices ---------------------------------------------------------------------------
+// ---- Grids and indices ----
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t count, int64_t per_group) {
   return count / per_group + (count % per_group != 0);
@@ -130,9 +130,10 @@ __device__ __forceinline__ int64_t thread_count() {
   return static_cast<int64_t>(gridDim.x) * blockDim.x;
 }
 
-// ---- Reductions ----------------------------------------------------------------------------------
-// T is float, double or a 32- or 64-bit integer. The order of the additions is fixed, so equal input
-// gives equal bits. Every lane of every warp takes part: blocks are one-dimensional multiples of 32.
+// ---- Reductions ----
+// T is float, double or a 32- or 64-bit integer. The order of the additions is fixed, so equal
+// input gives equal bits. Every lane of every warp takes part: blocks are one-dimensional multiples
+// of 32.
 
 // Sum over the warp, returned to all its lanes.
 template <class T>

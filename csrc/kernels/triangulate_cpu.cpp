@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One SIMD lane per point: the formulas of math/triangulate.h on 4, 8 or 16 points at once.
 #include "kernels/lanes.h"
+#include "kernels/shared_sum_cpu.h"
 #include "kernels/triangulate.h"
 #include "math/triangulate.h"
 
@@ -30,10 +31,8 @@ struct LaneViews {
     observation.weight = weighted ? gather(weights, view * weights_stride) : Pack<T, N>(T(1));
     for (int i = 0; i < 3; ++i) {
       for (int j = 0; j < 4; ++j) {
-        const int64_t entry =
-            view * projections_stride[0] + i * projections_stride[1] + j * projections_stride[2];
-        observation.projection[i][j] =
-            same_projections ? Pack<T, N>(projections[0][entry]) : gather(projections, entry);
+        const int64_t entry = view * projections_stride[0] + i * projections_stride[1] + j * projections_stride[2];
+        observation.projection[i][j] = gather_shared(projections, same_projections, entry);
       }
     }
     return observation;
@@ -58,13 +57,6 @@ TRITOOL_HD LaneViews<T, N> lane_views(const Params& params, const int64_t (&offs
   return views;
 }
 
-template <int N, int kOperands>
-TRITOOL_HD int lane_offsets(const Batch<kOperands>& batch, int64_t first, int64_t end, int64_t (&offset)[N][kOperands]) {
-  const int lanes = end - first < N ? static_cast<int>(end - first) : N;
-  for (int lane = 0; lane < N; ++lane) batch.offsets(first + (lane < lanes ? lane : lanes - 1), offset[lane]);
-  return lanes;
-}
-
 template <class T>
 void forward(const TriangulateParams<T>& params, int64_t begin, int64_t end) {
   using Params = TriangulateParams<T>;
@@ -85,8 +77,7 @@ template <class T, int N>
 struct LaneSink {
   const TriangulateBackwardParams<T>& params;
   const int64_t (&offset)[N][TriangulateBackwardParams<T>::kOperands];
-  T* projections[N];  // where each lane's projection gradient is summed
-  bool same_projections;
+  SharedSumLanes<T, N> projections;
   int lanes;
 
   void operator()(int view, const ObservationGradient<Pack<T, N>>& gradient) {
@@ -101,83 +92,40 @@ struct LaneSink {
         params.grad_weights[offset[lane][Params::kGradWeights] + view] = gradient.weight.v[lane];
     }
     if (params.grad_projections == nullptr) return;
-    for (int i = 0; i < 3; ++i) {
-      for (int j = 0; j < 4; ++j) {
-        const int64_t entry = view * 12 + i * 4 + j;
-        if (same_projections) {
-          projections[0][entry] += sum_lanes(gradient.projection[i][j], lanes);
-        } else {
-          for (int lane = 0; lane < lanes; ++lane) projections[lane][entry] += gradient.projection[i][j].v[lane];
-        }
-      }
-    }
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 4; ++j) projections.add(view * 12 + i * 4 + j, gradient.projection[i][j]);
   }
 };
 
 template <class T>
-void backward_unit(const TriangulateBackwardParams<T>& params, const TriangulateBackwardPlan& plan, int64_t unit) {
+void backward(const TriangulateBackwardParams<T>& params, const SharedSumPlan& plan, int64_t begin, int64_t end) {
   using Params = TriangulateBackwardParams<T>;
   constexpr int N = kLanesOf<T>;
   using P = Pack<T, N>;
-  const int64_t entries = int64_t(params.views) * 12;
-
-  int64_t begin = unit * plan.items_per_unit, end = begin + plan.items_per_unit;
-  T* partial = nullptr;
-  if (plan.units_per_owner > 1) {  // a slice of one owner's items
-    const int64_t owner = unit / plan.units_per_owner;
-    begin = owner * params.batch.shared + (unit - owner * plan.units_per_owner) * plan.items_per_unit;
-    end = begin + plan.items_per_unit;
-    if (end > (owner + 1) * params.batch.shared) end = (owner + 1) * params.batch.shared;
-    partial = params.partial_sums + unit * entries;
-    for (int64_t entry = 0; entry < entries; ++entry) partial[entry] = T(0);
-  } else {
-    if (end > params.batch.count) end = params.batch.count;
-    for (int64_t item = begin; params.grad_projections != nullptr && item < end; item += params.batch.shared) {
-      int64_t offset[Params::kOperands];
-      params.batch.offsets(item, offset);
-      T* sum = params.grad_projections + offset[Params::kGradProjections];
-      for (int64_t entry = 0; entry < entries; ++entry) sum[entry] = T(0);
+  const bool summed = params.grad_projections != nullptr;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const ItemRange range = unit_items(plan, params.batch.count, params.batch.shared, unit);
+    T* partial = !summed ? nullptr
+                         : begin_unit(plan, params.batch, Params::kGradProjections, range, unit,
+                                      params.grad_projections, params.partial_sums);
+    for (int64_t first = range.begin; first < range.end; first += N) {
+      int64_t offset[N][Params::kOperands];
+      const int lanes = lane_offsets<N>(params.batch, first, range.end, offset);
+      const T* grads[N];
+      for (int lane = 0; lane < N; ++lane) grads[lane] = params.grad + offset[lane][Params::kGrad];
+      const P grad[3] = {gather(grads, 0), gather(grads, params.grad_stride), gather(grads, 2 * params.grad_stride)};
+      LaneSink<T, N> sink{params, offset, {}, lanes};
+      if (summed)
+        sink.projections = sum_targets<T, N>(offset, Params::kGradProjections, params.grad_projections, partial, lanes);
+      triangulate_point_vjp<P>(lane_views<T, N>(params, offset), params.homogeneous, grad, sink);
     }
-  }
-
-  for (int64_t first = begin; first < end; first += N) {
-    int64_t offset[N][Params::kOperands];
-    const int lanes = lane_offsets<N>(params.batch, first, end, offset);
-    const T* grads[N];
-    for (int lane = 0; lane < N; ++lane) grads[lane] = params.grad + offset[lane][Params::kGrad];
-    const P grad[3] = {gather(grads, 0), gather(grads, params.grad_stride), gather(grads, 2 * params.grad_stride)};
-    LaneSink<T, N> sink{params, offset, {}, true, lanes};
-    if (params.grad_projections != nullptr) {
-      for (int lane = 0; lane < N; ++lane) {
-        sink.projections[lane] =
-            partial != nullptr ? partial : params.grad_projections + offset[lane][Params::kGradProjections];
-        sink.same_projections = sink.same_projections && sink.projections[lane] == sink.projections[0];
-      }
-    }
-    triangulate_point_vjp<P>(lane_views<T, N>(params, offset), params.homogeneous, grad, sink);
   }
 }
 
 template <class T>
-void backward(const TriangulateBackwardParams<T>& params, const TriangulateBackwardPlan& plan, int64_t begin,
-              int64_t end) {
-  for (int64_t unit = begin; unit < end; ++unit) backward_unit(params, plan, unit);
-}
-
-template <class T>
-void backward_sum(const TriangulateBackwardParams<T>& params, const TriangulateBackwardPlan& plan, int64_t begin,
-                  int64_t end) {
-  using Params = TriangulateBackwardParams<T>;
-  const int64_t entries = int64_t(params.views) * 12;
-  for (int64_t owner = begin; owner < end; ++owner) {
-    int64_t offset[Params::kOperands];
-    params.batch.offsets(owner * params.batch.shared, offset);
-    T* sum = params.grad_projections + offset[Params::kGradProjections];
-    const T* partial = params.partial_sums + owner * plan.units_per_owner * entries;
-    for (int64_t entry = 0; entry < entries; ++entry) sum[entry] = T(0);
-    for (int64_t unit = 0; unit < plan.units_per_owner; ++unit)
-      for (int64_t entry = 0; entry < entries; ++entry) sum[entry] += partial[unit * entries + entry];
-  }
+void backward_sum(const TriangulateBackwardParams<T>& params, const SharedSumPlan& plan, int64_t begin, int64_t end) {
+  add_partial_sums(plan, params.batch, TriangulateBackwardParams<T>::kGradProjections, params.grad_projections,
+                   params.partial_sums, begin, end);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // their gradient is not wanted), and a warp per work unit where points share projections, whose gradient the warp
 // adds up with shuffles in a fixed order. No atomics: the same input gives the same bits.
 #include "kernels/launch.cuh"
+#include "kernels/shared_sum.cuh"
 #include "kernels/triangulate.h"
 #include "math/triangulate.h"
 
@@ -115,63 +116,30 @@ struct WarpSink {
 
   __device__ __forceinline__ void operator()(int view, const ObservationGradient<T>& gradient) {
     if (active) store_point_gradients(params, offset, view, gradient);
-    for (int i = 0; i < 3; ++i) {
-      for (int j = 0; j < 4; ++j) {
-        const T total = warp_sum(active ? gradient.projection[i][j] : T(0));
-        if (threadIdx.x % kWarpSize == 0) sum[12 * view + 4 * i + j] += total;
-      }
-    }
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 4; ++j)
+        warp_add(sum + 12 * view + 4 * i + j, active ? gradient.projection[i][j] : T(0));
   }
 };
 
-// One warp per unit of the plan; every unit lies within one owner.
 template <class T>
-__global__ void __launch_bounds__(kBlock)
-    triangulate_backward_shared_kernel(TriangulateBackwardParams<T> params, TriangulateBackwardPlan plan) {
+__global__ void __launch_bounds__(kSharedSumBlock)
+    triangulate_backward_shared_kernel(TriangulateBackwardParams<T> params, SharedSumPlan plan) {
   using Params = TriangulateBackwardParams<T>;
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t entries = int64_t(params.views) * 12;
   for (int64_t unit = thread_index() / kWarpSize; unit < plan.units; unit += thread_count() / kWarpSize) {
-    const int64_t owner = unit / plan.units_per_owner;
-    const int64_t begin = owner * params.batch.shared + (unit - owner * plan.units_per_owner) * plan.items_per_unit;
-    const int64_t owner_end = (owner + 1) * params.batch.shared;
-    const int64_t end = begin + plan.items_per_unit < owner_end ? begin + plan.items_per_unit : owner_end;
-    int64_t offset[Params::kOperands];
-    params.batch.offsets(begin, offset);
-    T* sum = plan.units_per_owner > 1 ? params.partial_sums + unit * entries
-                                      : params.grad_projections + offset[Params::kGradProjections];
-    for (int64_t entry = lane; entry < entries; entry += kWarpSize) sum[entry] = T(0);
-    __syncwarp();  // lane 0 adds to what other lanes have zeroed
-    for (int64_t first = begin; first < end; first += kWarpSize) {
-      const bool active = first + lane < end;
-      params.batch.offsets(active ? first + lane : end - 1, offset);
+    const ItemRange range = unit_items(plan, params.batch.count, params.batch.shared, unit);
+    T* sum = begin_warp_unit(plan, params.batch, Params::kGradProjections, range.begin, unit, params.grad_projections,
+                             params.partial_sums);
+    for (int64_t first = range.begin; first < range.end; first += kWarpSize) {
+      const bool active = first + lane < range.end;
+      int64_t offset[Params::kOperands];
+      params.batch.offsets(active ? first + lane : range.end - 1, offset);
       T grad[3];
       load_grad(params, offset, grad);
       WarpSink<T> sink{params, offset, sum, active};
       triangulate_point_vjp<T>(StridedViews<T>(params, offset), params.homogeneous, grad, sink);
     }
-    __syncwarp();  // before the next unit's zeros
-  }
-}
-
-// One warp per entry of one owner's projections: adds up the units' partial sums, always in the same order.
-template <class T>
-__global__ void __launch_bounds__(kBlock)
-    triangulate_backward_sum_kernel(TriangulateBackwardParams<T> params, TriangulateBackwardPlan plan) {
-  using Params = TriangulateBackwardParams<T>;
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t entries = int64_t(params.views) * 12;
-  const int64_t sums = params.batch.count / params.batch.shared * entries;
-  for (int64_t index = thread_index() / kWarpSize; index < sums; index += thread_count() / kWarpSize) {
-    const int64_t owner = index / entries, entry = index - owner * entries;
-    T sum = T(0);
-    for (int64_t unit = lane; unit < plan.units_per_owner; unit += kWarpSize)
-      sum += params.partial_sums[(owner * plan.units_per_owner + unit) * entries + entry];
-    sum = warp_sum(sum);
-    if (lane != 0) continue;
-    int64_t offset[Params::kOperands];
-    params.batch.offsets(owner * params.batch.shared, offset);
-    params.grad_projections[offset[Params::kGradProjections] + entry] = sum;
   }
 }
 
@@ -187,27 +155,25 @@ int triangulate(const TriangulateParams<T>& params, CUstream_st* stream) {
 }
 
 template <class T>
-int triangulate_backward(const TriangulateBackwardParams<T>& params, const TriangulateBackwardPlan& plan,
+int triangulate_backward(const TriangulateBackwardParams<T>& params, const SharedSumPlan& plan,
                          CUstream_st* stream) {
   if (params.batch.count == 0) return 0;
   if (params.grad_projections == nullptr || params.batch.shared == 1) {
     TRITOOL_LAUNCH(triangulate_backward_kernel<T>, grid_size(params.batch.count, kBlock), kBlock, 0, stream, params);
     return last_launch_error();
   }
-  constexpr int kWarps = kBlock / kWarpSize;
-  TRITOOL_LAUNCH(triangulate_backward_shared_kernel<T>, grid_size(plan.units, kWarps), kBlock, 0, stream, params, plan);
-  if (plan.units_per_owner > 1) {
-    const int64_t sums = params.batch.count / params.batch.shared * params.views * 12;
-    TRITOOL_LAUNCH(triangulate_backward_sum_kernel<T>, grid_size(sums, kWarps), kBlock, 0, stream, params, plan);
-  }
+  TRITOOL_LAUNCH(triangulate_backward_shared_kernel<T>, grid_size(plan.units, kSharedSumBlock / kWarpSize),
+                 kSharedSumBlock, 0, stream, params, plan);
+  add_partial_sums(plan, params.batch, TriangulateBackwardParams<T>::kGradProjections, params.grad_projections,
+                   params.partial_sums, stream);
   return last_launch_error();
 }
 
 template int triangulate<float>(const TriangulateParams<float>&, CUstream_st*);
 template int triangulate<double>(const TriangulateParams<double>&, CUstream_st*);
-template int triangulate_backward<float>(const TriangulateBackwardParams<float>&, const TriangulateBackwardPlan&,
+template int triangulate_backward<float>(const TriangulateBackwardParams<float>&, const SharedSumPlan&,
                                          CUstream_st*);
-template int triangulate_backward<double>(const TriangulateBackwardParams<double>&, const TriangulateBackwardPlan&,
+template int triangulate_backward<double>(const TriangulateBackwardParams<double>&, const SharedSumPlan&,
                                           CUstream_st*);
 
 }  // namespace cuda

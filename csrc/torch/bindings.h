@@ -19,4 +19,20 @@ std::tuple<Tensor, Tensor, Tensor> triangulate_backward(const Tensor& grad, cons
                                                         const std::optional<Tensor>& weights, bool homogeneous,
                                                         bool want_points, bool want_projections, bool want_weights);
 
+// points [batch, 3] (full), projections [batch, C, 3, 4] -> pixels [batch, C, 2]
+Tensor project(const Tensor& points, const Tensor& projections);
+// grad [batch, C, 2] (full) -> gradients to points and projections; empty [0] where not wanted
+std::tuple<Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& points, const Tensor& projections,
+                                            bool want_points, bool want_projections);
+
+// logits [batch, H, W] (dims = 2) or [batch, X, Y, Z] (dims = 3), any strides
+// -> mean [batch, dims], covariance [batch, dims, dims] or empty [0], log_partition [batch], partition [batch, 2]
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_moments(const Tensor& logits, int64_t dims,
+                                                           double inverse_temperature, bool with_covariance);
+// -> gradient to logits, in their own strides
+Tensor softmax_moments_backward(const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_covariance,
+                                const std::optional<Tensor>& grad_log_partition, const Tensor& logits,
+                                const Tensor& mean, const Tensor& covariance, const Tensor& partition, int64_t dims,
+                                double inverse_temperature);
+
 }  // namespace tritool

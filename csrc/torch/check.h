@@ -14,6 +14,9 @@
 #include <optional>
 #include <vector>
 
+#include "kernels/batch.h"
+#include "kernels/shared_sum.h"
+
 struct CUstream_st;
 
 namespace tritool {
@@ -40,6 +43,17 @@ inline void check_tensor(const Tensor& tensor, const char* name, ScalarType dtyp
   STD_TORCH_CHECK(tensor.device() == same_device_as.device(), name, " is on another device than the other arguments");
 }
 
+// The sizes of the leading dimensions, and sizes with more behind them.
+inline std::vector<int64_t> leading_sizes(const Tensor& tensor, int64_t trailing_dims) {
+  std::vector<int64_t> sizes = sizes_of(tensor);
+  sizes.resize(sizes.size() - static_cast<size_t>(trailing_dims));
+  return sizes;
+}
+inline std::vector<int64_t> with(std::vector<int64_t> sizes, std::initializer_list<int64_t> trailing) {
+  sizes.insert(sizes.end(), trailing);
+  return sizes;
+}
+
 // The strides of the first `dims` dimensions; 0 where the tensor has size 1 and the batch more (a broadcast).
 inline std::vector<int64_t> batch_strides(const Tensor& tensor, const char* name, const std::vector<int64_t>& batch) {
   std::vector<int64_t> strides(batch.size());
@@ -49,6 +63,43 @@ inline std::vector<int64_t> batch_strides(const Tensor& tensor, const char* name
     strides[d] = size == batch[d] && size != 1 ? tensor.stride(static_cast<int64_t>(d)) : 0;
   }
   return strides;
+}
+
+// One operand of a batch: the tensor, or null where it is absent (its strides do not matter then).
+struct BatchOperand {
+  const Tensor* tensor;
+  const char* name;
+};
+
+// The index space of an op over `batch`, each operand read through its strides; see kernels/batch.h.
+template <int kOperands>
+void set_batch(Batch<kOperands>& result, const std::vector<int64_t>& batch, const BatchOperand (&operands)[kOperands],
+               const char* op, int owner = -1) {
+  std::vector<int64_t> strides[kOperands];
+  const int64_t* pointers[kOperands];
+  for (int o = 0; o < kOperands; ++o) {
+    strides[o] = operands[o].tensor == nullptr ? std::vector<int64_t>(batch.size(), 0)
+                                               : batch_strides(*operands[o].tensor, operands[o].name, batch);
+    pointers[o] = strides[o].data();
+  }
+  STD_TORCH_CHECK(make_batch(batch.data(), static_cast<int>(batch.size()), pointers, result, owner), op,
+                  ": more than ", kMaxBatchDims, " batch dimensions that cannot be merged");
+}
+
+// A new tensor for a gradient that is wanted, else an empty one.
+inline Tensor new_gradient(const Tensor& like, bool wanted) {
+  return torch::stable::new_empty(like, wanted ? sizes_of(like) : std::vector<int64_t>{0});
+}
+
+// Runs the units of a shared sum and, where it has partial sums, the second pass, on torch's threads.
+template <class Params, class Kernels>
+void run_shared_sum(const Params& params, const SharedSumPlan& plan, const Kernels& kernels) {
+  torch::stable::parallel_for(0, plan.units, 1,
+                              [&](int64_t begin, int64_t end) { kernels.backward(params, plan, begin, end); });
+  if (plan.units_per_owner == 1) return;
+  torch::stable::parallel_for(0, params.batch.count / params.batch.shared, 1, [&](int64_t begin, int64_t end) {
+    kernels.backward_sum(params, plan, begin, end);
+  });
 }
 
 // Makes the tensor's device the current one while it lives; nothing for a CPU tensor.

@@ -6,18 +6,6 @@
 namespace tritool {
 namespace {
 
-// The batch of an op call: the sizes of all leading dimensions of `full`, which every operand must match or broadcast.
-std::vector<int64_t> leading_sizes(const Tensor& full, int64_t trailing_dims) {
-  std::vector<int64_t> sizes = sizes_of(full);
-  sizes.resize(sizes.size() - static_cast<size_t>(trailing_dims));
-  return sizes;
-}
-
-std::vector<int64_t> with(std::vector<int64_t> sizes, std::initializer_list<int64_t> trailing) {
-  sizes.insert(sizes.end(), trailing);
-  return sizes;
-}
-
 struct Operands {
   std::vector<int64_t> batch;
   int64_t views;
@@ -46,8 +34,6 @@ void set_view_strides(Params& params, const Tensor& points, const Tensor& projec
   params.weights_stride = weights.has_value() ? weights->stride(-1) : 0;
 }
 
-constexpr const char* kTooManyDims = ": more than 8 batch dimensions that cannot be merged";
-
 }  // namespace
 
 Tensor triangulate(const Tensor& points, const Tensor& projections, const std::optional<Tensor>& weights,
@@ -68,15 +54,12 @@ Tensor triangulate(const Tensor& points, const Tensor& projections, const std::o
     params.views = static_cast<int>(operands.views);
     params.homogeneous = homogeneous;
     set_view_strides(params, points, projections, weights);
-    const std::vector<int64_t> zero(operands.batch.size(), 0);
-    const auto of_points = batch_strides(points, "points", operands.batch);
-    const auto of_projections = batch_strides(projections, "projections", operands.batch);
-    const auto of_weights = weights.has_value() ? batch_strides(*weights, "weights", operands.batch) : zero;
-    const auto of_result = batch_strides(points_3d, "points_3d", operands.batch);
-    const int64_t* const strides[Params::kOperands] = {of_points.data(), of_projections.data(), of_weights.data(),
-                                                       of_result.data()};
-    STD_TORCH_CHECK(make_batch(operands.batch.data(), static_cast<int>(operands.batch.size()), strides, params.batch),
-                    kOp, kTooManyDims);
+    set_batch(params.batch, operands.batch,
+              {{&points, "points"},
+               {&projections, "projections"},
+               {weights.has_value() ? &*weights : nullptr, "weights"},
+               {&points_3d, "points_3d"}},
+              kOp);
     if (points.is_cpu()) {
       const auto& kernels = TRITOOL_PICK_KERNELS(triangulate_kernels, T);
       torch::stable::parallel_for(0, params.batch.count, 256,
@@ -99,13 +82,10 @@ std::tuple<Tensor, Tensor, Tensor> triangulate_backward(const Tensor& grad, cons
   check_tensor(grad, "grad", points.scalar_type(), points, static_cast<int64_t>(operands.batch.size()), {3});
   const CurrentDevice current_device(points);
   want_weights = want_weights && weights.has_value();
-  const auto gradient_of = [&](const Tensor& like, bool wanted) {
-    return torch::stable::new_empty(points, wanted ? sizes_of(like) : std::vector<int64_t>{0});
-  };
   // Points and weights come in the full batch, so their gradients need no sum; projections may be shared.
-  Tensor grad_points = gradient_of(points, want_points);
-  Tensor grad_projections = gradient_of(projections, want_projections);
-  Tensor grad_weights = gradient_of(weights.has_value() ? *weights : points, want_weights);
+  Tensor grad_points = new_gradient(points, want_points);
+  Tensor grad_projections = new_gradient(projections, want_projections);
+  Tensor grad_weights = new_gradient(weights.has_value() ? *weights : points, want_weights);
   if (want_weights)
     STD_TORCH_CHECK(sizes_of(*weights) == with(operands.batch, {operands.views}), kOp,
                     ": weights must have the full batch where their gradient is wanted");
@@ -125,41 +105,26 @@ std::tuple<Tensor, Tensor, Tensor> triangulate_backward(const Tensor& grad, cons
     params.homogeneous = homogeneous;
     params.grad_stride = grad.stride(-1);
     set_view_strides(params, points, projections, weights);
-    const std::vector<int64_t> zero(operands.batch.size(), 0);
-    const auto strides_of = [&](const Tensor& tensor, const char* name, bool present) {
-      return present ? batch_strides(tensor, name, operands.batch) : zero;
-    };
-    const auto of_grad = strides_of(grad, "grad", true);
-    const auto of_points = strides_of(points, "points", true);
-    const auto of_projections = strides_of(projections, "projections", true);
-    const auto of_weights = strides_of(weights.value_or(points), "weights", weights.has_value());
-    const auto of_grad_points = strides_of(grad_points, "grad_points", want_points);
-    const auto of_grad_projections = strides_of(grad_projections, "grad_projections", want_projections);
-    const auto of_grad_weights = strides_of(grad_weights, "grad_weights", want_weights);
-    const int64_t* const strides[Params::kOperands] = {
-        of_grad.data(),        of_points.data(),           of_projections.data(), of_weights.data(),
-        of_grad_points.data(), of_grad_projections.data(), of_grad_weights.data()};
-    STD_TORCH_CHECK(make_batch(operands.batch.data(), static_cast<int>(operands.batch.size()), strides, params.batch,
-                               want_projections ? int(Params::kGradProjections) : -1),
-                    kOp, kTooManyDims);
+    set_batch(params.batch, operands.batch,
+              {{&grad, "grad"},
+               {&points, "points"},
+               {&projections, "projections"},
+               {weights.has_value() ? &*weights : nullptr, "weights"},
+               {want_points ? &grad_points : nullptr, "grad_points"},
+               {want_projections ? &grad_projections : nullptr, "grad_projections"},
+               {want_weights ? &grad_weights : nullptr, "grad_weights"}},
+              kOp, want_projections ? int(Params::kGradProjections) : -1);
     if (params.batch.count == 0) {  // no unit runs, yet shared projections have a gradient: zero
       if (want_projections) torch::stable::zero_(grad_projections);
       return;
     }
-    const int64_t items_per_unit = points.is_cpu() ? cpu::kTriangulateItemsPerUnit
-                                                   : cuda::triangulate_items_per_unit(params.batch.shared);
-    const TriangulateBackwardPlan plan =
-        triangulate_backward_plan(params.batch, params.views, want_projections, items_per_unit);
+    const SharedSumPlan plan = shared_sum_plan(params.batch, want_projections, operands.views * 12,
+                                               points.is_cpu() ? kCpuItemsPerUnit
+                                                               : warp_items_per_unit(params.batch.shared));
     const Tensor scratch = torch::stable::new_empty(points, {plan.partial_count});
     params.partial_sums = scratch.mutable_data_ptr<T>();
     if (points.is_cpu()) {
-      const auto& kernels = TRITOOL_PICK_KERNELS(triangulate_kernels, T);
-      torch::stable::parallel_for(0, plan.units, 1,
-                                  [&](int64_t begin, int64_t end) { kernels.backward(params, plan, begin, end); });
-      if (plan.units_per_owner > 1)
-        torch::stable::parallel_for(0, params.batch.count / params.batch.shared, 1, [&](int64_t begin, int64_t end) {
-          kernels.backward_sum(params, plan, begin, end);
-        });
+      run_shared_sum(params, plan, TRITOOL_PICK_KERNELS(triangulate_kernels, T));
     } else {
 #if defined(TRITOOL_CUDA)
       check_launch(cuda::triangulate_backward(params, plan, current_stream(points)), kOp);

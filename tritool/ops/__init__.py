@@ -1,6 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations: batched, differentiable, on CPU and CUDA."""
+"""The operations: batched, differentiable twice, on CPU and CUDA. One module each; start reading at its function."""
 
+from tritool.ops.project import Project, project
+from tritool.ops.soft_argmax import (
+    Moments,
+    SoftArgmax2d,
+    SoftArgmax3d,
+    SoftmaxMoments,
+    soft_argmax2d,
+    soft_argmax3d,
+    softmax_moments2d,
+    softmax_moments3d,
+)
 from tritool.ops.triangulate import Triangulate, triangulate
 
-__all__ = ["Triangulate", "triangulate"]
+__all__ = [
+    "Moments",
+    "Project",
+    "SoftArgmax2d",
+    "SoftArgmax3d",
+    "SoftmaxMoments",
+    "Triangulate",
+    "project",
+    "soft_argmax2d",
+    "soft_argmax3d",
+    "softmax_moments2d",
+    "softmax_moments3d",
+    "triangulate",
+]
