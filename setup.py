@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the native library tritool/_C.so; everything else about the package is in pyproject.toml.
 
-The library is plain C++ and CUDA against torch's stable ABI: no Python headers, no CUDA build of torch. So every build
-that finds a CUDA compiler compiles and links the CUDA kernels, also beside a CPU-only torch.
+The library is plain C++ and CUDA against torch's stable ABI: no Python headers, no CUDA build of
+torch. So every build that finds a CUDA compiler compiles and links the CUDA kernels, also beside a
+CPU-only torch.
 
 Environment: TRITOOL_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX.
 """
@@ -72,14 +73,15 @@ def choose_cuda() -> Path | None:
     cuda = None if wanted == "0" else find_cuda()
     if wanted == "1" and cuda is None:
         sys.exit(
-            "tritool: TRITOOL_CUDA=1, but no folder with bin/nvcc and include/cuda_runtime.h in CUDA_HOME, CUDA_PATH, "
-            f"/usr/local/cuda or beside nvcc; set CUDA_HOME, or type: pip install {NVCC_PACKAGES}"
+            "tritool: TRITOOL_CUDA=1, but no folder with bin/nvcc and include/cuda_runtime.h in "
+            "CUDA_HOME, CUDA_PATH, /usr/local/cuda or beside nvcc; set CUDA_HOME, or type: "
+            f"pip install {NVCC_PACKAGES}"
         )
     return cuda
 
 
 def gencode(architectures: str) -> tuple[list[str], str]:
-    """nvcc's flags for a TORCH_CUDA_ARCH_LIST such as "8.0;9.0+PTX", and the list in plain numbers."""
+    """Flags of nvcc for a TORCH_CUDA_ARCH_LIST like "8.0;9.0+PTX", and the list in numbers."""
     flags, names = [], []
     for entry in architectures.replace(" ", ";").replace(",", ";").split(";"):
         match = re.fullmatch(r"(\d+)\.?(\d)([af]?)(\+PTX)?", entry.strip())
@@ -98,7 +100,7 @@ def gencode(architectures: str) -> tuple[list[str], str]:
 
 
 class BuildNative(build_ext):
-    """Compiles csrc/ and links it into one shared library, objects in parallel, only what has changed."""
+    """Compiles csrc/ in parallel, only what has changed, and links it into one library."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
@@ -134,12 +136,12 @@ class BuildNative(build_ext):
             link += [f"-L{folder}" for folder in (cuda / "lib64", cuda / "lib") if folder.exists()]
             link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         subprocess.check_call([*link, "-ldl"])
-        print(
-            f"tritool: built the CPU kernels{' and the CUDA kernels with ' + str(cuda) if cuda else ''}"
-        )
+        with_cuda = f" and the CUDA kernels with {cuda}" if cuda else ""
+        print(f"tritool: built the CPU kernels{with_cuda}")
         if cuda is None and os.environ.get("TRITOOL_CUDA", "auto") == "auto":
             print(
-                f"tritool: no CUDA compiler found, so no CUDA kernels; for them: pip install {NVCC_PACKAGES}"
+                "tritool: no CUDA compiler found, so no CUDA kernels; for them: "
+                f"pip install {NVCC_PACKAGES}"
             )
 
     def compile_jobs(
@@ -158,7 +160,8 @@ class BuildNative(build_ext):
         ]
         cxx += ["-DTRITOOL_X86_VARIANTS"] if variants else []
         cxx += [f'-DTRITOOL_CUDA="{architectures}"'] if cuda else []
-        # The kernels need no errno and no traps; contraction to FMA is the policy of csrc/math/scalar.h.
+        # The kernels need no errno and no traps; contraction to FMA is the policy of
+        # csrc/math/scalar.h.
         kernel = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
         binding = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
         binding += [

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Geometry kernels for PyTorch: from several calibrated cameras to 3D joints, with gradients to the pixels.
+"""Geometry kernels for PyTorch: from several cameras to 3D joints, with gradients to the pixels.
 
-`tritool.ops` holds the operations, `tritool.Cameras` and `tritool.VoxelGrid` what they work on, `tritool.reference` the
-same mathematics in NumPy to read and to compare with.
+`tritool.ops` holds the operations, `tritool.Cameras` and `tritool.VoxelGrid` what they work on,
+`tritool.reference` the same mathematics in NumPy to read and to compare with.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ _MODULES = ("ops", "reference", "cameras", "grid")
 
 
 def __getattr__(name: str) -> Any:
-    """Loads torch and the kernels on first use, so that `import tritool` and `tritool --help` are instant."""
+    """Loads torch and the kernels on first use, so that `import tritool` is instant."""
     from importlib import import_module
 
     if name in _HOMES:

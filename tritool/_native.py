@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled library: loaded once, and if it cannot be, one sentence says why and what serves instead."""
+"""The compiled library: loaded once; if it cannot be, one sentence says why and what serves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if not _LIBRARY.exists():
         return None, "the native library was not built (no C++ compiler at installation)"
     try:
-        torch.ops.load_library(str(_LIBRARY))
+        torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
         library = ctypes.CDLL(str(_LIBRARY))
     except OSError as error:
         return None, f"the native library does not load: {str(error).splitlines()[0]}"
@@ -39,7 +39,7 @@ def available() -> bool:
     if library is None:
         warnings.warn(
             f"tritool: {reason}; plain PyTorch serves instead, slower. To build it: install a C++ "
-            "compiler and type: pip install --no-build-isolation --force-reinstall --no-deps tritool",
+            "compiler and type: pip install --no-build-isolation --force-reinstall --no-deps .",
             UserWarning,
             stacklevel=2,
         )
@@ -63,7 +63,9 @@ def describe() -> dict[str, Any]:
         cpu_path = cuda_path = "plain PyTorch"
     else:
         cpu_path = f"native, {cpu}"
-        cuda_path = f"native, {architectures}" if architectures else "not built: a CUDA tensor raises"
+        cuda_path = (
+            f"native, {architectures}" if architectures else "not built: a CUDA tensor raises"
+        )
     try:
         tritool_version = version("tritool")
     except PackageNotFoundError:
@@ -78,8 +80,6 @@ def describe() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "cuda_architectures": architectures,
         "torch_cuda": torch.version.cuda or "",
-        "devices": [
-            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-        ],
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "paths": {"cpu": cpu_path, "cuda": cuda_path},
     }

@@ -4,6 +4,8 @@
 // free at that rate and keeps a map of 10^6 voxels exact to 1e-5.
 #include "kernels/soft_argmax.h"
 
+#include <type_traits>
+
 #include "kernels/lanes.h"
 #include "kernels/moment_cotangent.h"
 
@@ -12,23 +14,46 @@ namespace cpu {
 namespace TRITOOL_ISA {
 namespace {
 
+// Whole vectors of neighbouring elements. float16 and bfloat16 are converted lane by lane in an array, a loop that the
+// compiler turns into vector instructions.
+template <class In, class T, int N>
+TRITOOL_HD void load_vector(const In* from, Pack<T, N>& pack) {
+  if constexpr (std::is_same_v<In, T>) {
+    memcpy(&pack.v, from, sizeof pack.v);
+  } else {
+    T values[N];
+    for (int lane = 0; lane < N; ++lane) values[lane] = load(from + lane);
+    memcpy(&pack.v, values, sizeof values);
+  }
+}
+template <class In, class T, int N>
+TRITOOL_HD void store_vector(In* to, const Pack<T, N>& pack) {
+  if constexpr (std::is_same_v<In, T>) {
+    memcpy(to, &pack.v, sizeof pack.v);
+  } else {
+    T values[N];
+    memcpy(values, &pack.v, sizeof values);
+    for (int lane = 0; lane < N; ++lane) store(to + lane, values[lane]);
+  }
+}
+
 // `lanes` elements in steps of `stride`; the rest, masked voxels.
 template <class P, class In>
 TRITOOL_HD P load_lanes(const In* from, int64_t stride, int lanes) {
-  P pack;
+  using T = Real<P>;
+  P pack = P(-infinity<T>());
   if (lanes == P::kLanes && stride == 1) {
-    for (int lane = 0; lane < P::kLanes; ++lane) pack.v[lane] = load(from + lane);
+    load_vector(from, pack);
     return pack;
   }
-  using T = Real<P>;
-  for (int lane = 0; lane < P::kLanes; ++lane) pack.v[lane] = lane < lanes ? T(load(from + lane * stride)) : -infinity<T>();
+  for (int lane = 0; lane < lanes; ++lane) pack.v[lane] = load(from + lane * stride);
   return pack;
 }
 
 template <class P, class In>
 TRITOOL_HD void store_lanes(In* to, int64_t stride, int lanes, const P& pack) {
   if (lanes == P::kLanes && stride == 1) {
-    for (int lane = 0; lane < P::kLanes; ++lane) store(to + lane, pack.v[lane]);
+    store_vector(to, pack);
     return;
   }
   for (int lane = 0; lane < lanes; ++lane) store(to + lane * stride, pack.v[lane]);

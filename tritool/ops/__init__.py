@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations: batched, differentiable twice, on CPU and CUDA. One module each; start reading at its function."""
+"""The operations: batched, differentiable, on CPU and CUDA. Start reading at a function."""
 
 from tritool.ops.project import Project, project
 from tritool.ops.soft_argmax import (

@@ -58,13 +58,13 @@ def broadcast_batch(batches: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
 
 
 def align_batch(tensor: Tensor, batch: Sequence[int], trailing_dims: int) -> Tensor:
-    """The tensor with as many batch dimensions as the batch has, of size 1 where it broadcasts: a view, no copy."""
+    """A view of the tensor with all of the batch's dimensions, of size 1 where it broadcasts."""
     missing = len(batch) + trailing_dims - tensor.dim()
     return tensor[(None,) * missing] if missing else tensor
 
 
 def geometry_dtype(arguments: Iterable[Tensor]) -> torch.dtype:
-    """The widest dtype of the arguments, and float32 at least: a projection in half precision means nothing."""
+    """The widest dtype of the arguments, at least float32: half a projection's bits say nothing."""
     dtype = torch.float32
     for tensor in arguments:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -74,7 +74,9 @@ def geometry_dtype(arguments: Iterable[Tensor]) -> torch.dtype:
 def positive_number(name: str, value: float) -> float:
     """A finite number above 0."""
     if isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a number, got a tensor; to learn it, multiply the input by it")
+        raise TypeError(
+            f"{name} must be a number, got a tensor; to learn it, multiply the input by it"
+        )
     number = float(value)
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} must be a finite number above 0, got {value}")

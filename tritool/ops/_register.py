@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call that makes an op known to everything in PyTorch: dispatcher, autograd, vmap, compile, export.
+"""One call that makes an op known to all of PyTorch: autograd, vmap, compile, export.
 
-An op is one `torch.autograd.Function` per pass (forward and backward), whose `forward` calls the dispatcher's op of the
-same name. `register` hands the very same static methods to the dispatcher, so the op behaves alike whether it is reached
-through the class (eager, `torch.func`) or through the graph that `torch.compile` and `torch.export` make of it. Forward-mode
-differentiation is not defined and raises; it is never silently zero.
+An op is one `torch.autograd.Function` per pass (forward and backward), whose `forward` calls the
+dispatcher's op of the same name. `register` hands the very same static methods to the dispatcher,
+so the op behaves alike whether it is reached through the class (eager, `torch.func`) or through the
+graph that `torch.compile` and `torch.export` make of it. Forward-mode differentiation is not
+defined and raises; it is never silently zero.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def expand_batched(
 ) -> list[Any]:
     """The arguments of a vmapped op with the mapped dimension in front.
 
-    An argument that is not mapped gets a dimension of size 1, which the op broadcasts; those whose position is in
-    `full` are expanded, as the op wants its whole batch in them.
+    An argument that is not mapped gets a dimension of size 1, which the op broadcasts; those whose
+    position is in `full` are expanded, as the op wants its whole batch in them.
     """
     moved: list[Any] = []
     for position, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
@@ -54,8 +55,8 @@ def register(
     """Defines `tritool::<schema>` and ties `function` to it.
 
     Args:
-        function: The `autograd.Function` whose `forward` calls the op; its `backward` and `setup_context` become the
-            op's autograd formula.
+        function: The `autograd.Function` whose `forward` calls the op; its `backward` and
+            `setup_context` become the op's autograd formula.
         schema: The op's signature in the dispatcher's language.
         fake: Shapes, dtypes and strides of the results, for tensors without data.
         composite: The op in plain PyTorch, which serves where the native library is absent.

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops in plain PyTorch: second and higher derivatives, and the ops themselves where nothing is compiled.
+"""The ops in plain PyTorch: for second derivatives, and where nothing is compiled.
 
-Slow beside the kernels and accurate: geometry is computed in float64 whatever comes in. The formulas here are for autograd,
-the ones for the kernels are in csrc/math; tests compare both with tritool.reference.
+Slow beside the kernels and accurate: geometry is computed in float64 whatever comes in. The
+formulas here are for autograd, the ones for the kernels are in csrc/math; tests compare both with
+tritool.reference.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ __all__ = [
     "triangulate_backward",
     "triangulate_double_backward",
 ]
+
+
+def _vjp(function: Callable[..., Any], *inputs: Tensor) -> tuple[Any, Callable[..., Any]]:
+    outputs, pull = torch.func.vjp(function, *inputs)[:2]
+    return outputs, pull
+
 
 # ---- Triangulation ----
 
@@ -65,7 +72,7 @@ def triangulate_double_backward(
     homogeneous: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of <cotangents, gradients of Triangulate> to grad, points, projections and weights."""
+    """The gradients of <cotangents, gradients of Triangulate> to grad and the op's arguments."""
     start = torch.ops.tritool.triangulate.default(
         *(x if x is None else x.detach() for x in (points, projections, weights)), homogeneous
     )
@@ -73,11 +80,9 @@ def triangulate_double_backward(
 
     def gradient(*inputs: Tensor) -> tuple[Tensor, ...]:
         given = inputs[3] if weights is not None else None
-        return tuple(
-            _gradient(inputs[0], inputs[1], inputs[2], given, homogeneous, start, wanted)
-        )
+        return tuple(_gradient(inputs[0], inputs[1], inputs[2], given, homogeneous, start, wanted))
 
-    _, pull = torch.func.vjp(gradient, *inputs)
+    _, pull = _vjp(gradient, *inputs)
     results = pull(tuple(c for c, want in zip(cotangents, wanted, strict=True) if want))
     return *results, *(None,) * (4 - len(results))
 
@@ -98,12 +103,12 @@ def _gradient(
 
     # An incoming NaN must not survive as 0 * NaN at a point that is not valid.
     grad = torch.where(start.isnan(), 0, grad)
-    _, pull = torch.func.vjp(forward, *(inputs[i] for i in chosen))
+    _, pull = _vjp(forward, *(inputs[i] for i in chosen))
     return list(pull(grad))
 
 
 def _rows(points: Tensor, projections: Tensor, weights: Tensor | None) -> Tensor:
-    """A [..., 2C, 4] in float64, zero rows for absent views; their contents reach neither value nor gradient."""
+    """A [..., 2C, 4] in float64, with zero rows for absent views, whose contents go nowhere."""
     present = ~points.isnan().any(-1)
     if weights is not None:
         present = present & (weights != 0)
@@ -149,10 +154,11 @@ def _solve_by_svd(
 def _polish(
     points: Tensor, projections: Tensor, weights: Tensor | None, homogeneous: bool, start: Tensor
 ) -> Tensor:
-    """Newton steps from `start` on the equations that define the point, which carry its derivatives.
+    """Newton steps from `start` on the equations that define the point and so its derivatives.
 
-    F(y) = A3^T A (y, 1) - lambda(y) y with lambda(y) = |A (y, 1)|^2 / (1 + |y|^2), or 0. After k steps from the solution,
-    held constant, the derivatives are right up to order 2^k - 1: three steps serve seven.
+    F(y) = A3^T A (y, 1) - lambda(y) y with lambda(y) = |A (y, 1)|^2 / (1 + |y|^2), or 0. After k
+    steps from the solution, held constant, the derivatives are right up to order 2^k - 1: three
+    steps serve seven.
     """
     rows = _rows(points, projections, weights)
     valid = ~start.isnan().any(-1)
@@ -179,23 +185,15 @@ def _polish(
 
 
 def _solve3(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solves 3x3 systems by Cramer's rule after balancing: differentiable to any order, no library call to fail."""
+    """Solves 3x3 systems by Cramer's rule: differentiable to any order, no library call to fail."""
     scale = matrix.detach().abs().amax((-2, -1), keepdim=True).clamp_min(1e-300)
     matrix, right = matrix / scale, right / scale[..., 0]
     first, second, third = matrix.unbind(-1)
     cross = torch.linalg.cross(second, third)
     determinant = (first * cross).sum(-1, keepdim=True)
-    return (
-        torch.stack(
-            [
-                (right * cross).sum(-1),
-                (right * torch.linalg.cross(third, first)).sum(-1),
-                (right * torch.linalg.cross(first, second)).sum(-1),
-            ],
-            -1,
-        )
-        / determinant
-    )
+    numerators = [cross, torch.linalg.cross(third, first), torch.linalg.cross(first, second)]
+    solution: Tensor = torch.stack([(right * n).sum(-1) for n in numerators], -1) / determinant
+    return solution
 
 
 # ---- Projection ----
@@ -234,16 +232,18 @@ def project_double_backward(
     """The gradients of <cotangents, gradients of Project> to grad, points and projections."""
 
     def gradient(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_project_gradient(*inputs, wanted))
+        return tuple(_project_gradient(inputs[0], inputs[1], inputs[2], wanted))
 
-    _, pull = torch.func.vjp(gradient, grad, points, projections)
-    return pull(tuple(c for c, want in zip(cotangents, wanted, strict=True) if want))  # type: ignore[no-any-return]
+    _, pull = _vjp(gradient, grad, points, projections)
+    given = tuple(c for c, want in zip(cotangents, wanted, strict=True) if want)
+    grads: tuple[Tensor, ...] = pull(given)
+    return grads
 
 
 def _project_gradient(
     grad: Tensor, points: Tensor, projections: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor]:
-    pixels, pull = torch.func.vjp(project, points, projections)
+    pixels, pull = _vjp(project, points, projections)
     grads = pull(torch.where(pixels.isnan(), 0, grad))
     return [g for g, want in zip(grads, wanted, strict=True) if want]
 
@@ -296,7 +296,7 @@ def softmax_moments_double_backward(
     dims: int,
     inverse_temperature: float,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of <cotangent, gradient of SoftmaxMoments> to the incoming gradients and the logits."""
+    """The gradients of <cotangent, gradient of SoftmaxMoments> to its gradients and logits."""
     present = [g for g in grads if g is not None]
 
     def gradient(*inputs: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def softmax_moments_double_backward(
         given = [left.pop(0) if g is not None else None for g in grads]
         return _moments_gradient(given, inputs[-1], dims, inverse_temperature)
 
-    _, pull = torch.func.vjp(gradient, *present, logits)
+    _, pull = _vjp(gradient, *present, logits)
     results = list(pull(cotangent))
     return *(results.pop(0) if g is not None else None for g in grads), results[-1]
 
@@ -312,7 +312,7 @@ def softmax_moments_double_backward(
 def _moments_gradient(
     grads: Sequence[Tensor | None], logits: Tensor, dims: int, inverse_temperature: float
 ) -> Tensor:
-    moments, pull = torch.func.vjp(lambda x: _moments(x, dims, inverse_temperature), logits)
+    moments, pull = _vjp(lambda x: _moments(x, dims, inverse_temperature), logits)
     spoilt = moments[0].isnan().any(-1)
 
     def clean(grad: Tensor | None, moment: Tensor) -> Tensor:
@@ -344,9 +344,9 @@ def _moments(
     squares = (places[:, :, None] * places[:, None, :]).flatten(-2)
     second = (weights @ squares).unflatten(-1, (dims, dims))
     covariance = second - mean[..., :, None] * mean[..., None, :]
-    log_partition = torch.where(nothing, -torch.inf, torch.where(spoilt, torch.nan, flat.logsumexp(-1)))
+    log_partition = torch.where(spoilt, torch.nan, flat.logsumexp(-1))
     return (
         torch.where(spoilt[..., None], torch.nan, mean),
         torch.where(spoilt[..., None, None], torch.nan, covariance),
-        log_partition,
+        torch.where(nothing, -torch.inf, log_partition),
     )

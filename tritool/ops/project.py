@@ -17,15 +17,18 @@ __all__ = ["Project", "ProjectBackward", "project"]
 def project(points: Tensor, projections: Tensor) -> Tensor:
     """The pixels at which C cameras see world points.
 
-    Batch dimensions broadcast; an operand that broadcasts is read in place. The inverse of `triangulate` on exact data.
+    Batch dimensions broadcast; an operand that broadcasts is read in place. The inverse of
+    `triangulate` on exact data.
 
     Args:
         points: `[..., 3]`, world units.
-        projections: `[..., C, 3, 4]`, world to pixels; third row scaled so that it gives depth with positive sign.
+        projections: `[..., C, 3, 4]`, world to pixels; third row scaled so that it gives depth with
+            positive sign.
 
     Returns:
-        `[..., C, 2]`, pixels (x, y), in the widest dtype of the arguments and at least float32. NaN, with zero gradient,
-        in a view whose camera the point is not in front of (depth 0 or less), and where anything is not finite.
+        `[..., C, 2]`, pixels (x, y), in the widest dtype of the arguments and at least float32.
+        NaN, with zero gradient, in a view whose camera the point is not in front of (depth 0 or
+        less), and where anything is not finite.
 
     Raises:
         TypeError: An argument is not a floating-point tensor.
@@ -48,14 +51,16 @@ def project(points: Tensor, projections: Tensor) -> Tensor:
     )
     points = points.to(dtype).expand(*batch, 3)
     projections = _check.align_batch(projections.to(dtype), batch, 3)
-    return Project.apply(points, projections)  # type: ignore[no-any-return]
+    pixels: Tensor = Project.apply(points, projections)
+    return pixels
 
 
 class Project(torch.autograd.Function):
     """The op behind `project`.
 
-    `Project.apply(points, projections)`: points `[batch, 3]` in the full batch, projections `[batch, C, 3, 4]` with as
-    many dimensions, of size 1 where they broadcast; one dtype, float32 or float64. Returns `[batch, C, 2]`.
+    `Project.apply(points, projections)`: points `[batch, 3]` in the full batch, projections
+    `[batch, C, 3, 4]` with as many dimensions, of size 1 where they broadcast; one dtype, float32
+    or float64. Returns `[batch, C, 2]`.
     """
 
     @staticmethod
@@ -80,7 +85,7 @@ class Project(torch.autograd.Function):
 
 
 class ProjectBackward(torch.autograd.Function):
-    """The vector-Jacobian product of `Project`, itself differentiable (in plain PyTorch, to any order)."""
+    """The vector-Jacobian product of `Project`, itself differentiable, in plain PyTorch."""
 
     @staticmethod
     def forward(
@@ -104,7 +109,10 @@ class ProjectBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the gradients, by differentiating the composite twice."""
-        results = composite.project_double_backward(cotangents, *ctx.saved_tensors, ctx.wanted)
+        grad, points, projections = ctx.saved_tensors
+        results = composite.project_double_backward(
+            cotangents, grad, points, projections, ctx.wanted
+        )
         return *results, None, None
 
 
@@ -128,7 +136,8 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tenso
 def _vmap_backward(
     info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    # Each mapped slice wants its own gradient of projections, also where they are shared: expand those too.
+    # Each mapped slice wants its own gradient of projections, also where they are shared: expand
+    # those too.
     moved = expand_batched(info.batch_size, in_dims, args, full=(0, 1, 2))
     return ProjectBackward.apply(*moved), tuple(0 if want else None for want in args[3:])
 

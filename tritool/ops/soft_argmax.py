@@ -33,26 +33,30 @@ class Moments(NamedTuple):
     covariance: Tensor
     """`[..., D, D]`, in the axes and squared units of the mean."""
     log_partition: Tensor
-    """`[...]`, log sum exp(inverse_temperature * logits): a voxel's log-probability is its scaled logit minus this."""
+    """`[...]`, log sum exp(inverse_temperature * logits); a scaled logit minus it is log p."""
 
 
 def soft_argmax2d(heatmaps: Tensor, *, inverse_temperature: float = 1.0) -> Tensor:
     r"""The mean position :math:`\sum_r r \, \mathrm{softmax}(\alpha H)(r)` of heat maps.
 
-    Equations (1)-(2) of Iskakov et al., "Learnable Triangulation of Human Pose" (ICCV 2019), which uses
-    `inverse_temperature=100`. One pass over the maps; channels-first and channels-last maps are read in place.
+    Equations (1)-(2) of Iskakov et al., "Learnable Triangulation of Human Pose" (ICCV 2019), which
+    uses `inverse_temperature=100`. One pass over the maps; channels-first and channels-last
+    maps are read in place.
 
     Args:
-        heatmaps: `[..., H, W]` logits; -inf masks a pixel. float16 and bfloat16 are read as such and summed in float32.
+        heatmaps: `[..., H, W]` logits; -inf masks a pixel. float16 and bfloat16 are read as such
+            and summed in float32.
         inverse_temperature: The factor :math:`\alpha` of the logits, above 0.
 
     Returns:
-        `[..., 2]`, pixels (x, y), the centre of the first pixel being (0, 0); float32, or float64 for float64 maps. NaN,
-        with zero gradient, for a map that holds NaN or +inf or nothing but -inf.
+        `[..., 2]`, pixels (x, y), the centre of the first pixel being (0, 0); float32, or float64
+        for float64 maps. NaN, with zero gradient, for a map that holds NaN or +inf or nothing but
+        -inf.
 
     Raises:
         TypeError: `heatmaps` is not a floating-point tensor.
-        ValueError: It has fewer than two dimensions, or `inverse_temperature` is not a finite number above 0.
+        ValueError: It has fewer than two dimensions, or `inverse_temperature` is not a finite
+            number above 0.
 
     Example:
         >>> heatmap = torch.zeros(48, 64)
@@ -68,22 +72,23 @@ def soft_argmax3d(
 ) -> Tensor:
     r"""The mean position of volumes, in voxel indices or in the world.
 
-    Equations (13)-(14) of Iskakov et al. (ICCV 2019). No volume of coordinates is ever made: the mean is taken in index
-    coordinates and mapped by the affine grid.
+    Equations (13)-(14) of Iskakov et al. (ICCV 2019). No volume of coordinates is ever made: the
+    mean is taken in index coordinates and mapped by the affine grid.
 
     Args:
-        volumes: `[..., X, Y, Z]` logits; -inf masks a voxel. float16 and bfloat16 are read as such and summed in float32.
+        volumes: `[..., X, Y, Z]` logits; -inf masks a voxel. float16 and bfloat16 are read as such
+            and summed in float32.
         inverse_temperature: The factor of the logits, above 0.
         grid: Where the voxels lie; its batch is the first dimension of `volumes`, or 1.
 
     Returns:
-        `[..., 3]`, voxel index (i, j, k), or world coordinates in the units of `grid`. NaN, with zero gradient, for a
-        volume that holds NaN or +inf or nothing but -inf.
+        `[..., 3]`, voxel index (i, j, k), or world coordinates in the units of `grid`. NaN, with
+        zero gradient, for a volume that holds NaN or +inf or nothing but -inf.
 
     Raises:
         TypeError: `volumes` is not a floating-point tensor.
-        ValueError: It has fewer than three dimensions, does not fit `grid`, or `inverse_temperature` is not a finite
-            number above 0.
+        ValueError: It has fewer than three dimensions, does not fit `grid`, or
+            `inverse_temperature` is not a finite number above 0.
     """
     moments = _moments(volumes, "volumes", 3, inverse_temperature, covariance=False)
     return moments.mean if grid is None else _to_world(moments, volumes, grid).mean
@@ -97,7 +102,8 @@ def softmax_moments2d(logits: Tensor, *, inverse_temperature: float = 1.0) -> Mo
         inverse_temperature: The factor of the logits, above 0.
 
     Returns:
-        `Moments(mean [..., 2], covariance [..., 2, 2], log_partition [...])` in (x, y), pixels and pixels squared.
+        `Moments(mean [..., 2], covariance [..., 2, 2], log_partition [...])` in (x, y), pixels and
+        pixels squared.
 
     Raises:
         TypeError: `logits` is not a floating-point tensor.
@@ -117,7 +123,8 @@ def softmax_moments3d(
         grid: Where the voxels lie; its batch is the first dimension of `logits`, or 1.
 
     Returns:
-        `Moments(mean [..., 3], covariance [..., 3, 3], log_partition [...])` in voxel indices, or in world units.
+        `Moments(mean [..., 3], covariance [..., 3, 3], log_partition [...])` in voxel indices, or
+        in world units.
 
     Raises:
         TypeError: `logits` is not a floating-point tensor.
@@ -150,7 +157,8 @@ def _to_world(moments: Moments, volumes: Tensor, grid: VoxelGrid) -> Moments:
     dtype = torch.promote_types(moments.mean.dtype, grid.dtype)
     grid = grid.to(dtype)
     mean, covariance, log_partition = moments
-    # A map without a mean goes through as 0, or its NaN would reach the gradient of the grid as 0 * NaN.
+    # A map without a mean goes through as 0, or its NaN would reach the gradient of the grid as 0 *
+    # NaN.
     valid = ~mean.isnan().any(-1, keepdim=True)
     index = torch.where(valid, mean, 0).to(dtype)
     world = grid.to_world(index if volumes.dim() > 3 else index[None])
@@ -166,9 +174,10 @@ def _to_world(moments: Moments, volumes: Tensor, grid: VoxelGrid) -> Moments:
 class SoftmaxMoments(torch.autograd.Function):
     """The op behind the functions of this module.
 
-    `SoftmaxMoments.apply(logits, dims, inverse_temperature, with_covariance)`: logits `[batch, (X,) Y, Z]` with `dims` 2
-    or 3. Returns mean `[batch, dims]`, covariance `[batch, dims, dims]` (empty `[0]` if not asked for), log-partition
-    `[batch]` and, not differentiable, the pair (level, sum) `[batch, 2]` that the backward needs.
+    `SoftmaxMoments.apply(logits, dims, inverse_temperature, with_covariance)`: logits `[batch, (X,)
+    Y, Z]` with `dims` 2 or 3. Returns mean `[batch, dims]`, covariance `[batch, dims, dims]` (empty
+    `[0]` if not asked for), log-partition `[batch]` and, not differentiable, the pair (level, sum)
+    `[batch, 2]` that the backward needs.
     """
 
     @staticmethod
@@ -203,7 +212,7 @@ class SoftmaxMoments(torch.autograd.Function):
 
 
 class SoftmaxMomentsBackward(torch.autograd.Function):
-    """The vector-Jacobian product of `SoftmaxMoments`, itself differentiable (in plain PyTorch, to any order)."""
+    """The vector-Jacobian product of `SoftmaxMoments`, differentiable in plain PyTorch."""
 
     @staticmethod
     def forward(
@@ -231,7 +240,7 @@ class SoftmaxMomentsBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients to the incoming gradients and, in full, to the logits; none by way of mean and the like."""
+        """The gradients to the incoming ones and, in full, to the logits; none through the mean."""
         *grads, logits = ctx.saved_tensors
         results = composite.softmax_moments_double_backward(
             cotangent, grads, logits, ctx.dims, ctx.inverse_temperature
@@ -240,21 +249,23 @@ class SoftmaxMomentsBackward(torch.autograd.Function):
 
 
 class SoftArgmax2d(SoftmaxMoments):
-    """`SoftArgmax2d.apply(heatmaps, inverse_temperature)`: `[..., H, W]` to `[..., 2]`, see `soft_argmax2d`."""
+    """`SoftArgmax2d.apply(heatmaps, inverse_temperature)`, see `soft_argmax2d`."""
 
     @classmethod
     def apply(cls, heatmaps: Tensor, inverse_temperature: float = 1.0) -> Tensor:
         """The positions (x, y)."""
-        return SoftmaxMoments.apply(heatmaps, 2, inverse_temperature, False)[0]  # type: ignore[no-any-return]
+        mean: Tensor = SoftmaxMoments.apply(heatmaps, 2, inverse_temperature, False)[0]
+        return mean
 
 
 class SoftArgmax3d(SoftmaxMoments):
-    """`SoftArgmax3d.apply(volumes, inverse_temperature)`: `[..., X, Y, Z]` to `[..., 3]`, see `soft_argmax3d`."""
+    """`SoftArgmax3d.apply(volumes, inverse_temperature)`, see `soft_argmax3d`."""
 
     @classmethod
     def apply(cls, volumes: Tensor, inverse_temperature: float = 1.0) -> Tensor:
         """The positions (i, j, k)."""
-        return SoftmaxMoments.apply(volumes, 3, inverse_temperature, False)[0]  # type: ignore[no-any-return]
+        mean: Tensor = SoftmaxMoments.apply(volumes, 3, inverse_temperature, False)[0]
+        return mean
 
 
 def _fake(
@@ -299,9 +310,9 @@ register(
 )
 register(
     SoftmaxMomentsBackward,
-    "softmax_moments_backward(Tensor? grad_mean, Tensor? grad_covariance, Tensor? grad_log_partition, "
-    "Tensor logits, Tensor mean, Tensor covariance, Tensor partition, int dims, "
-    "float inverse_temperature) -> Tensor",
+    "softmax_moments_backward(Tensor? grad_mean, Tensor? grad_covariance, "
+    "Tensor? grad_log_partition, Tensor logits, Tensor mean, Tensor covariance, "
+    "Tensor partition, int dims, float inverse_temperature) -> Tensor",
     fake=_fake_backward,
     composite=composite.softmax_moments_backward,
     vmap=_vmap_backward,

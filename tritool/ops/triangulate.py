@@ -26,33 +26,35 @@ def triangulate(
 ) -> Tensor:
     r"""The 3D point that each group of 2D points sees, by the weighted direct linear transform.
 
-    Every view contributes the rows :math:`w (u P_3 - P_1)` and :math:`w (v P_3 - P_2)` to a matrix :math:`A`; the result
-    minimises :math:`\|A (y, 1)\|^2 / (1 + \|y\|^2)` (`"homogeneous"`) or :math:`\|A (y, 1)\|^2` (`"inhomogeneous"`).
-    The first is equations (3)-(4) of Iskakov et al., "Learnable Triangulation of Human Pose" (ICCV 2019); its result on
-    noisy data depends on the unit and the origin of the world. The second does not. Batch dimensions broadcast; an
+    Every view contributes the rows :math:`w (u P_3 - P_1)` and :math:`w (v P_3 - P_2)` to a matrix
+    :math:`A`; the result minimises :math:`\|A (y, 1)\|^2 / (1 + \|y\|^2)` (`"homogeneous"`) or
+    :math:`\|A (y, 1)\|^2` (`"inhomogeneous"`). The first is equations (3)-(4) of Iskakov et al.,
+    "Learnable Triangulation of Human Pose" (ICCV 2019); its result on noisy data depends on the
+    unit and the origin of the world, that of the second does not. Batch dimensions broadcast; an
     operand that broadcasts is read in place.
 
     Args:
         points: `[..., C, 2]`, pixels (x, y), one per view. NaN: the view is absent.
         projections: `[..., C, 3, 4]`, world to pixels.
-        weights: `[..., C]`, at least 0. 0: the view is absent (its gradient is then 0 too, as the weight enters
-            squared). None: every view counts alike.
+        weights: `[..., C]`, at least 0. 0: the view is absent (its gradient is then 0 too, as the
+            weight enters squared). None: every view counts alike.
         mode: `"homogeneous"` or `"inhomogeneous"`.
-        reweight: Rounds in which every view's weight is divided by the depth of the previous solution; one round comes
-            close to the least reprojection error. Differentiated through.
+        reweight: Rounds in which every view's weight is divided by the depth of the previous
+            solution; one round comes close to the least reprojection error. Differentiated through.
 
     Returns:
-        `[..., 3]`, world units, in the widest dtype of the arguments and at least float32. NaN, with zero gradient to
-        every argument, where fewer than two views are present or the rays are parallel to rounding; also where a view
-        that is present has a negative or non-finite weight or a non-finite projection.
+        `[..., 3]`, world units, in the widest dtype of the arguments and at least float32. NaN,
+        with zero gradient to every argument, where fewer than two views are present or the rays are
+        parallel to rounding; also where a view that is present has a negative or non-finite weight
+        or a non-finite projection.
 
     Raises:
         TypeError: An argument is not a floating-point tensor.
         ValueError: Shapes or devices do not fit, `mode` is unknown or `reweight` negative.
 
     Example:
-        >>> P = torch.tensor([[[1., 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4]], [[0., 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, 4]]])
-        >>> point = torch.tensor([0.5, -0.25, 1.0])
+        >>> P = torch.tensor([[[1., 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4]], [[0., 0, 1, 0], [0, 1, 0,
+        0], [-1, 0, 0, 4]]]) >>> point = torch.tensor([0.5, -0.25, 1.0])
         >>> triangulate(project(point, P), P)
         tensor([ 0.5000, -0.2500,  1.0000])
     """
@@ -90,11 +92,13 @@ def triangulate(
 def _reweighted(
     previous: Tensor, points: Tensor, projections: Tensor, weights: Tensor | None, homogeneous: bool
 ) -> Tensor:
-    """One more solution, each view's weight divided by the depth at which it saw the previous one."""
+    """One more solution, each view's weight divided by its depth of the previous one."""
     valid = ~previous.isnan().any(-1, keepdim=True)
-    # A point that is not valid goes on as 0, or its NaN would reach the gradient of everything as 0 * NaN.
+    # A point that is not valid goes on as 0, or its NaN would reach the gradient of everything as 0
+    # * NaN.
     at = torch.where(valid, previous, 0)
-    # The last rows of absent views may hold anything; their weights do not count, so neither may their depth.
+    # The last rows of absent views may hold anything; their weights do not count, so neither may
+    # their depth.
     row = projections[..., 2, :]
     present = ~points.isnan().any(-1)
     if weights is not None:
@@ -111,9 +115,10 @@ def _reweighted(
 class Triangulate(torch.autograd.Function):
     """The op behind `triangulate`.
 
-    `Triangulate.apply(points, projections, weights, homogeneous)`: points `[batch, C, 2]` and weights `[batch, C]`
-    (or None) in the full batch, projections `[batch, C, 3, 4]` with as many dimensions, of size 1 where they broadcast;
-    all of one dtype, float32 or float64. Returns `[batch, 3]`.
+    `Triangulate.apply(points, projections, weights, homogeneous)`: points `[batch, C, 2]` and
+    weights `[batch, C]` (or None) in the full batch, projections `[batch, C, 3, 4]` with as many
+    dimensions, of size 1 where they broadcast; all of one dtype, float32 or float64. Returns
+    `[batch, 3]`.
     """
 
     @staticmethod
@@ -121,7 +126,10 @@ class Triangulate(torch.autograd.Function):
         points: Tensor, projections: Tensor, weights: Tensor | None, homogeneous: bool
     ) -> Tensor:
         """Calls the kernel."""
-        return torch.ops.tritool.triangulate.default(points, projections, weights, homogeneous)  # type: ignore[no-any-return]
+        points_3d: Tensor = torch.ops.tritool.triangulate.default(
+            points, projections, weights, homogeneous
+        )
+        return points_3d
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -144,7 +152,7 @@ class Triangulate(torch.autograd.Function):
 
 
 class TriangulateBackward(torch.autograd.Function):
-    """The vector-Jacobian product of `Triangulate`, itself differentiable (in plain PyTorch, to any order)."""
+    """The vector-Jacobian product of `Triangulate`, differentiable in plain PyTorch."""
 
     @staticmethod
     def forward(
@@ -173,9 +181,11 @@ class TriangulateBackward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the gradients, by differentiating the composite twice."""
         homogeneous, *wanted = ctx.flags
-        return *composite.triangulate_double_backward(
-            cotangents, *ctx.saved_tensors, homogeneous, wanted
-        ), *(None,) * 4
+        grad, points, projections, weights = ctx.saved_tensors
+        results = composite.triangulate_double_backward(
+            cotangents, grad, points, projections, weights, homogeneous, wanted
+        )
+        return *results, None, None, None, None
 
 
 def _fake(points: Tensor, projections: Tensor, weights: Tensor | None, homogeneous: bool) -> Tensor:
@@ -203,7 +213,8 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tenso
 def _vmap_backward(
     info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    # Each mapped slice wants its own gradient of projections, also where they are shared: expand those too.
+    # Each mapped slice wants its own gradient of projections, also where they are shared: expand
+    # those too.
     moved = expand_batched(info.batch_size, in_dims, args, full=(0, 1, 2, 3))
     wanted = args[5:8]
     grads = TriangulateBackward.apply(*moved)

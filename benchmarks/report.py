@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the README's table, docs/benchmarks.md and its picture from the committed JSON; no number is typed by hand.
+
+`--check` writes nothing and exits with status 1 if the README or the page is not what the JSON says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench import MODES, Json
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+MODE_NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
+SUITE_ORDER = ("ops", "ops-all-threads", "ops-default-malloc")
+
+
+# ---- reading ----
+
+
+def load(folder: Path, version: str | None = None) -> list[Json]:
+    """All results of one version, by default the highest, the main suite first and CPUs before GPUs."""
+    versions = sorted(
+        (path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.json"))),
+        key=lambda path: tuple(int(part) if part.isdigit() else -1 for part in path.name.split(".")),
+    )
+    if not versions or version not in {None, *(path.name for path in versions)}:
+        raise SystemExit(f"report.py: no results of version {version or 'any'} in {folder}")
+    chosen = folder / version if version else versions[-1]
+    results = [json.loads(path.read_text()) for path in sorted(chosen.glob("*.json"))]
+
+    def order(result: Json) -> tuple[int, str, str]:
+        suite = result["suite"]
+        rank = SUITE_ORDER.index(suite) if suite in SUITE_ORDER else len(SUITE_ORDER)
+        return rank, result["device"], result["machine"]
+
+    return sorted(results, key=order)
+
+
+def ours(case: Json) -> Json:
+    return next(row for row in case["variants"] if row["name"] == "tritool")  # type: ignore[no-any-return]
+
+
+def fastest_rival(case: Json, mode: str) -> Json | None:
+    """The fastest plain PyTorch version that is accurate and computes the same; packages are not plain PyTorch."""
+    rows = [
+        row
+        for row in case["variants"]
+        if row["kind"] in ("pytorch", "compiled") and row.get("accurate") and mode in row["times"]
+    ]
+    return min(rows, key=lambda row: row["times"][mode]["ratio"], default=None)
+
+
+# ---- writing ----
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 or abs(value) >= 1e5 else f"{value:.3g}"
+
+
+def factor(value: float) -> str:
+    return f"{value:.0f}x" if value >= 10 else f"{value:.2g}x"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table, its first `left` columns flush left and the others right."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def processor(result: Json) -> str:
+    environment = result["environment"]
+    if result["device"] == "cuda":
+        return str(environment["gpu"]["name"])
+    threads = result["settings"]["threads"]
+    return f"{environment['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def caption(result: Json) -> str:
+    environment = result["environment"]
+    git = environment["git"]
+    commit = (git["commit"] or "unknown")[:10] + (" with changes" if git["dirty"] else "")
+    tritool = environment["tritool"]["tritool"]
+    path = environment["tritool"]["paths"][result["device"]]
+    return (
+        f"{processor(result)}; {result['date'][:10]}; tritool {tritool}, commit {commit} ({path}); "
+        f"torch {environment['torch']}; float32"
+    )
+
+
+def readme_rows(result: Json) -> Iterator[list[str]]:
+    for case in result["cases"]:
+        if not case["headline"] or "failure" in case:
+            continue
+        for mode in MODES:
+            own, rival = ours(case), fastest_rival(case, mode)
+            row = [f"`{case['op']}`", case["size"], MODE_NAMES[mode], number(own["times"][mode]["median_ms"])]
+            errors = f"{number(own['error']['p999'])} / "
+            if rival is None:
+                yield [*row, "none is accurate", "-", "-", f"{errors}- {case['unit']}"]
+                continue
+            times = rival["times"][mode]
+            errors += f"{number(rival['error']['p999'])} {case['unit']}"
+            yield [*row, rival["name"], number(times["median_ms"]), factor(times["ratio"]), errors]
+
+
+def readme_block(results: Sequence[Json]) -> str:
+    header = ["", "size", "", "tritool ms", "fastest accurate plain PyTorch", "ms", "speed-up", "error of both"]
+    parts = []
+    for result in (r for r in results if r["suite"] == "ops"):
+        # The rival's name reads better flush left, so it goes before the numbers.
+        rows = [[*row[:3], row[4], row[3], *row[5:]] for row in readme_rows(result)]
+        names = [*header[:3], header[4], header[3], *header[5:]]
+        parts += [table(names, rows, left=4), f"{caption(result)}. A speed-up below 1 is a loss."]
+    parts.append(
+        "Median over rounds in which all versions take turns; the speed-up is the median of the rounds' ratios. Error: 99.9 % "
+        "of the results lie within this distance of float64. All sizes and rivals: [docs/benchmarks.md](docs/benchmarks.md)."
+    )
+    if not any(r["device"] == "cuda" for r in results):
+        parts.append("The CUDA kernels have not been timed yet: no result from a GPU is recorded.")
+    return "\n\n".join(parts)
+
+
+def with_block(readme: str, block: str) -> str:
+    """The README with what stands between the markers replaced."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise SystemExit(f"report.py: the README must hold {BEGIN} and then {END}, each once")
+    head, rest = readme.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n\n{block}\n\n{END}{tail}"
+
+
+METHOD = """\
+# Benchmarks
+
+Written by `benchmarks/report.py` from the JSON under `benchmarks/results`; do not edit. To measure: `make bench`, on a GPU
+`make bench ARGS="--device cuda"`; to compare two files: `python benchmarks/compare.py A.json B.json`.
+
+How it is measured:
+
+- All versions of an operation get the same seeded float32 inputs and take turns within each round (A B C A B C ...). The tables
+  give medians over the rounds, the quartiles in brackets, and the median of the ratios to tritool within a round: above 1,
+  tritool is faster. Losses stand beside wins.
+- *Forward + backward* differentiates points and weights, heat maps or volumes, for a fixed random incoming gradient.
+- Before anything is timed, each result is compared with float64 (`tritool.reference`) on the same inputs. A version of which more
+  than 0.1 % of the results are farther off than the tolerance stated, or that yields anything not finite, is marked *not
+  accurate*: it is timed and listed, but never the rival that a speed-up is counted against.
+- The gradient error is relative to the float64 gradient, item by item: median / 99.9 %, of the worst input.
+- Plain PyTorch versions keep what they can between calls (grids, coordinates). kornia and OpenCV are measured as installed; what
+  they do less of is in the name. Neither is plain PyTorch, so neither counts as the rival in the README.
+- On the CPU, one thread unless said otherwise, and malloc is told to keep its pages, which favours the rivals, who allocate more
+  (suite `ops-default-malloc` does not). On a GPU, CUDA events around one call, inputs swept out of the L2 cache before it.
+- Peak memory is that of one call above its inputs, results included, in a fresh process (resident memory; on a GPU PyTorch's
+  allocator).
+"""
+
+
+def docs_page(results: Sequence[Json], image: str) -> str:
+    parts = [METHOD, f"![Speed-up over the fastest accurate plain PyTorch version]({image})\n"]
+    for result in results:
+        parts.append(f"## {result['suite']}: {processor(result)}\n")
+        parts.append(f"{caption(result)}.\n\n{setting_lines(result)}\n")
+        for case in result["cases"]:
+            parts.append(f"### {case['op']}, {case['size']}\n")
+            parts.append(case_section(case) + "\n")
+    return "\n".join(parts)
+
+
+def setting_lines(result: Json) -> str:
+    environment, settings = result["environment"], result["settings"]
+    packages = ", ".join(f"{name} {version}" for name, version in environment["rivals"].items())
+    lines = [
+        f"System: {environment['system']}, {environment['cores']} cores, {environment['memory_gib']} GiB, "
+        f"Python {environment['python']}.",
+        f"Packages: {packages or 'none'}.",
+        f"Load average at the beginning and the end: {settings['load_average'][0]}, {settings['load_average'][1]}.",
+    ]
+    if settings["malloc"]:
+        variables = " ".join(f"{name}={value}" for name, value in settings["malloc"].items())
+        lines.append(f"malloc: `{variables}`.")
+    if "gpu" in environment:
+        lines.append("GPU: " + ", ".join(f"{k} {v}" for k, v in environment["gpu"].items()) + ".")
+    return "\n".join(lines)
+
+
+def case_section(case: Json) -> str:
+    if "failure" in case:
+        return f"Not measured: {case['failure']}."
+    header = ["version", "forward ms", "ratio", "fwd + bwd ms", "ratio", f"error {case['unit']}", "gradient error", "peak MiB"]
+    rows = [list(variant_cells(row)) for row in case["variants"]]
+    return f"Tolerance {case['tolerance']:g} {case['unit']}.\n\n" + table(header, rows, left=1)
+
+
+def variant_cells(row: Json) -> Iterator[str]:
+    name = row["name"] if row["kind"] != "tritool" else f"**{row['name']}**"
+    marks = [row["note"]] if row["note"] and row["note"] not in row["name"] else []
+    if "failure" in row:
+        yield f"{name}: failed, {row['failure']}"
+        yield from ["-"] * 7
+        return
+    if not row["accurate"]:
+        marks.append("*not accurate*")
+    yield f"{name} ({'; '.join(marks)})" if marks else name
+    for mode in MODES:
+        times = row["times"].get(mode)
+        if times is None:
+            yield from ("-", "-")
+            continue
+        quartiles = f"[{number(times['q1_ms'])}, {number(times['q3_ms'])}]"
+        yield f"{number(times['median_ms'])} {quartiles}"
+        yield number(times["ratio"])
+    error = row["error"]
+    lost = f" ({error['not_finite']} not finite)" if error["not_finite"] else ""
+    yield " / ".join(number(error[name]) for name in ("median", "p999", "max")) + lost
+    gradients = row.get("gradient_error", {}).values()
+    worst = max(gradients, key=lambda error: error["median"] or 0.0, default=None)
+    yield f"{number(worst['median'])} / {number(worst['p999'])}" if worst else "-"
+    peaks = [number(row["peak_memory_mib"].get(mode)) for mode in MODES]
+    yield " / ".join(peaks) if row["peak_memory_mib"] else "-"
+
+
+def plot(results: Sequence[Json], path: Path) -> None:
+    """Horizontal bars on a logarithmic axis, one panel per machine of the main suite."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chosen = [result for result in results if result["suite"] == "ops"]
+    cases = max(len(result["cases"]) for result in chosen)
+    figure, panels = plt.subplots(
+        1, len(chosen), figsize=(7.5 * len(chosen), 1.2 + 0.42 * cases), squeeze=False, layout="constrained"
+    )
+    colours = {"forward": "#1f77b4", "forward_backward": "#ff7f0e"}
+    for panel, result in zip(panels[0], chosen, strict=True):
+        labels = [f"{case['op']}  {case['size']}" for case in result["cases"]]
+        for shift, mode in zip((-0.2, 0.2), MODES, strict=True):
+            bars = [
+                (row, rival["times"][mode]["ratio"])
+                for row, case in enumerate(result["cases"])
+                if "failure" not in case and (rival := fastest_rival(case, mode)) is not None
+            ]
+            rows = [row + shift for row, _ in bars]
+            widths = [ratio - 1 for _, ratio in bars]
+            drawn = panel.barh(rows, widths, height=0.38, left=1, color=colours[mode], label=MODE_NAMES[mode])
+            for bar, (_, ratio) in zip(drawn, bars, strict=True):
+                panel.annotate(
+                    factor(ratio),
+                    (ratio, bar.get_y() + bar.get_height() / 2),
+                    xytext=(3 if ratio >= 1 else -3, 0),
+                    textcoords="offset points",
+                    ha="left" if ratio >= 1 else "right",
+                    va="center",
+                    fontsize=7,
+                )
+        panel.set(xscale="log", yticks=range(len(labels)), title=processor(result))
+        panel.set_xlabel("speed-up over the fastest accurate plain PyTorch version")
+        panel.set_yticklabels(labels, fontsize=8)
+        panel.invert_yaxis()
+        panel.axvline(1, color="black", linewidth=0.8)
+        low, high = panel.get_xlim()
+        panel.set_xlim(min(low, 0.7) * 0.8, high * 1.6)
+        ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if panel.get_xlim()[0] <= tick <= panel.get_xlim()[1]]
+        panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        panel.minorticks_off()
+        panel.grid(axis="x", alpha=0.3)
+        panel.set_axisbelow(True)
+        panel.legend(loc="lower right", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if anything is stale")
+    parser.add_argument("--version", help="of the results (default: the highest)")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of benchmarks.md")
+    options = parser.parse_args(arguments)
+
+    results = load(options.results, options.version)
+    image = options.docs / "images" / "benchmark.png"
+    page = options.docs / "benchmarks.md"
+    texts = {
+        options.readme: with_block(options.readme.read_text(), readme_block(results)),
+        page: docs_page(results, "images/benchmark.png"),
+    }
+    if options.check:
+        stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+        stale += [] if image.exists() else [image]
+        for path in stale:
+            print(f"report.py: {path} is not what the results say; type: python benchmarks/report.py", file=sys.stderr)
+        return 1 if stale else 0
+    options.docs.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        path.write_text(text)
+    plot(results, image)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

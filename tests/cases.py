@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table of the ops: what test_contract.py derives its tests from. A new op adds its cases here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritool import VoxelGrid, ops
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """A public function of tensors, with samples, and the dispatcher's ops it stands on.
+
+    Args:
+        name: Of the test.
+        function: Of tensors alone, returning a tensor or a tuple of tensors; differentiable in all.
+        sample: Makes its arguments: float64, small, well conditioned, H differing from W. Its
+            argument is the size of the leading batch dimension that all of them have.
+        raw: The dispatcher's ops behind it, each with arguments made from the sample.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    sample: Callable[[int], tuple[Tensor, ...]]
+    raw: dict[str, Callable[..., tuple[Any, ...]]] = field(default_factory=dict)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _randn(*size: int, seed: int) -> Tensor:
+    return torch.randn(*size, generator=_generator(seed), dtype=torch.float64)
+
+
+def _scene(batch: int, views: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Points [batch, views, 2], own projections [batch, views, 3, 4], weights: units of order 1."""
+    world = 0.5 * _randn(batch, 3, seed=0)
+    rotations = torch.linalg.qr(_randn(batch, views, 3, 3, seed=1))[0]
+    rotations = rotations * torch.linalg.det(rotations)[..., None, None]
+    distance = torch.tensor([0.1, -0.2, 4.0], dtype=torch.float64)
+    projections = torch.cat([rotations, distance.expand(batch, views, 3)[..., None]], -1)
+    points = ops.project(world, projections) + 0.02 * _randn(batch, views, 2, seed=2)
+    weights = 0.5 + torch.rand(batch, views, generator=_generator(3), dtype=torch.float64)
+    return points, projections, weights
+
+
+def _project_scene(batch: int) -> tuple[Tensor, Tensor]:
+    _, projections, _ = _scene(batch)
+    return 0.5 * _randn(batch, 3, seed=4), projections
+
+
+def _logits(*size: int) -> Callable[[int], tuple[Tensor, ...]]:
+    return lambda batch: (2 * _randn(batch, *size, seed=5),)
+
+
+def _volume_and_frame(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    origin, axes = _randn(batch, 3, seed=6), _randn(batch, 3, 3, seed=7)
+    return 2 * _randn(batch, 2, 2, 3, 4, seed=5), origin, axes
+
+
+def _moments_raw(dims: int) -> dict[str, Callable[..., tuple[Any, ...]]]:
+    def forward(logits: Tensor) -> tuple[Any, ...]:
+        return logits, dims, 1.3, True
+
+    def forward_mean_only(logits: Tensor) -> tuple[Any, ...]:
+        return logits, dims, 1.3, False
+
+    def backward(logits: Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            outputs = torch.ops.tritool.softmax_moments(logits, dims, 1.3, True)
+        mean, covariance, log_partition, partition = outputs
+        grads = [torch.ones_like(x, requires_grad=True) for x in (mean, covariance, log_partition)]
+        return *grads, logits, mean, covariance, partition, dims, 1.3
+
+    def backward_mean_only(logits: Tensor) -> tuple[Any, ...]:
+        grad, _, _, *rest = backward(logits)
+        return grad, None, None, *rest
+
+    return {
+        "softmax_moments": forward,
+        "softmax_moments/mean": forward_mean_only,
+        "softmax_moments_backward": backward,
+        "softmax_moments_backward/mean": backward_mean_only,
+    }
+
+
+def _triangulate_raw(homogeneous: bool) -> dict[str, Callable[..., tuple[Any, ...]]]:
+    def backward(points: Tensor, projections: Tensor, weights: Tensor) -> tuple[Any, ...]:
+        grad = torch.ones(len(points), 3, dtype=points.dtype, device=points.device)
+        wanted = (True, True, True)
+        return grad.requires_grad_(), points, projections, weights, homogeneous, *wanted
+
+    return {
+        "triangulate": lambda points, projections, weights: (
+            points, projections, weights, homogeneous,
+        ),
+        "triangulate/unweighted": lambda points, projections, weights: (
+            points, projections, None, homogeneous,
+        ),
+        "triangulate_backward": backward,
+    }  # fmt: skip
+
+
+def _project_backward(points: Tensor, projections: Tensor) -> tuple[Any, ...]:
+    grad = torch.ones(*projections.shape[:2], 2, dtype=points.dtype, device=points.device)
+    return grad.requires_grad_(), points, projections, True, True
+
+
+CASES = [
+    OpCase(
+        "triangulate",
+        ops.triangulate,
+        _scene,
+        _triangulate_raw(True),
+    ),
+    OpCase(
+        "triangulate-inhomogeneous",
+        lambda *args: ops.triangulate(*args, mode="inhomogeneous"),
+        _scene,
+        _triangulate_raw(False),
+    ),
+    OpCase(
+        "triangulate-unweighted",
+        lambda points, projections: ops.triangulate(points, projections),
+        lambda batch: _scene(batch)[:2],
+    ),
+    OpCase(
+        "triangulate-reweighted",
+        lambda *args: ops.triangulate(*args, reweight=1),
+        _scene,
+    ),
+    OpCase(
+        "project",
+        ops.project,
+        _project_scene,
+        {
+            "project": lambda points, projections: (points, projections),
+            "project_backward": _project_backward,
+        },
+    ),
+    OpCase(
+        "soft_argmax2d",
+        lambda x: ops.soft_argmax2d(x, inverse_temperature=1.3),
+        _logits(2, 3, 4),
+    ),
+    OpCase(
+        "soft_argmax3d",
+        lambda x: ops.soft_argmax3d(x, inverse_temperature=1.3),
+        _logits(2, 2, 3, 4),
+    ),
+    OpCase(
+        "soft_argmax3d-grid",
+        lambda x, origin, axes: ops.soft_argmax3d(x, grid=VoxelGrid(origin, axes, (2, 3, 4))),
+        _volume_and_frame,
+    ),
+    OpCase(
+        "softmax_moments2d",
+        lambda x: tuple(ops.softmax_moments2d(x, inverse_temperature=1.3)),
+        _logits(2, 3, 4),
+        _moments_raw(2),
+    ),
+    OpCase(
+        "softmax_moments3d",
+        lambda x: tuple(ops.softmax_moments3d(x, inverse_temperature=1.3)),
+        _logits(2, 2, 3, 4),
+        _moments_raw(3),
+    ),
+    OpCase(
+        "softmax_moments3d-grid",
+        lambda x, origin, axes: tuple(
+            ops.softmax_moments3d(x, grid=VoxelGrid(origin, axes, (2, 3, 4)))
+        ),
+        _volume_and_frame,
+    ),
+]

@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every op on every backend, called directly: arrays of any strides in, the kernels' parameters filled, the work split.
+// What the NumPy bridge and the sanitizer executables stand on; the torch binding does the same for tensors.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels/project.h"
+#include "kernels/soft_argmax.h"
+#include "kernels/triangulate.h"
+
+namespace tritool::testing {
+
+using Sizes = std::vector<int64_t>;
+
+// Memory as NumPy sees it; strides count elements. Without data: an operand that is absent.
+struct Array {
+  void* data = nullptr;
+  Sizes size, stride;
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+  int dims() const { return static_cast<int>(size.size()); }
+  // Of the dimension `from_end` places before the end.
+  int64_t size_at(int from_end) const { return size[size.size() - static_cast<size_t>(from_end)]; }
+  int64_t stride_at(int from_end) const { return stride[stride.size() - static_cast<size_t>(from_end)]; }
+};
+
+struct Backend {
+  bool emulated_cuda = false;
+  Isa isa = Isa::kBaseline;
+  int threads = 1;             // the CPU kernels' work is cut into as many ranges, each run by a thread of its own
+  int64_t items_per_unit = 0;  // of the sums in kernels/shared_sum.h; 0: as the package does it
+};
+
+inline std::string text_of(const Sizes& sizes) {
+  std::string text = "(";
+  for (size_t d = 0; d < sizes.size(); ++d) text += (d == 0 ? "" : ", ") + std::to_string(sizes[d]);
+  return text + ")";
+}
+
+// The array is [batch..., trailing...]; -1: any size.
+inline void check_trailing(const Array& array, const char* name, std::initializer_list<int64_t> trailing) {
+  const int count = static_cast<int>(trailing.size());
+  bool fits = array.dims() >= count;
+  int from_end = count;
+  for (const int64_t size : trailing) {
+    fits = fits && (size < 0 || array.size_at(from_end) == size);
+    --from_end;
+  }
+  if (!fits)
+    throw std::invalid_argument(std::string(name) + " must end in " + text_of(trailing) + ", got " +
+                                text_of(array.size));
+}
+
+inline Sizes batch_of(const Array& array, int trailing_dims) { return Sizes(array.size.begin(), array.size.end() - trailing_dims); }
+
+// NumPy's rule: aligned at the end, size 1 stands for any size.
+inline Sizes broadcast(const Sizes& a, const Sizes& b) {
+  Sizes result(a.size() > b.size() ? a.size() : b.size());
+  for (size_t from_end = 1; from_end <= result.size(); ++from_end) {
+    const int64_t of_a = from_end <= a.size() ? a[a.size() - from_end] : 1;
+    const int64_t of_b = from_end <= b.size() ? b[b.size() - from_end] : 1;
+    if (of_a != of_b && of_a != 1 && of_b != 1)
+      throw std::invalid_argument("batch dimensions " + text_of(a) + " and " + text_of(b) + " do not broadcast");
+    result[result.size() - from_end] = of_a == 1 ? of_b : of_a;
+  }
+  return result;
+}
+
+inline Sizes batch_strides(const Array& array, int trailing_dims, const Sizes& batch) {
+  Sizes strides(batch.size(), 0);
+  const Sizes own = array.data == nullptr ? Sizes() : batch_of(array, trailing_dims);
+  for (size_t from_end = 1; from_end <= own.size(); ++from_end)
+    if (own[own.size() - from_end] != 1)
+      strides[strides.size() - from_end] = array.stride[own.size() - from_end];
+  return strides;
+}
+
+struct Operand {
+  const Array& array;
+  int trailing_dims;
+};
+
+template <int kOperands>
+void set_batch(Batch<kOperands>& result, const Sizes& batch, const Operand (&operands)[kOperands], int owner = -1) {
+  Sizes strides[kOperands];
+  const int64_t* pointers[kOperands];
+  for (int o = 0; o < kOperands; ++o) {
+    strides[o] = batch_strides(operands[o].array, operands[o].trailing_dims, batch);
+    pointers[o] = strides[o].data();
+  }
+  if (!make_batch(batch.data(), static_cast<int>(batch.size()), pointers, result, owner))
+    throw std::invalid_argument("too many batch dimensions that cannot be merged");
+}
+
+template <class T>
+void set_zero(const Array& contiguous) {
+  int64_t count = 1;
+  for (const int64_t size : contiguous.size) count *= size;
+  for (int64_t i = 0; i < count; ++i) contiguous.as<T>()[i] = T(0);
+}
+
+// Scratch of which nothing may be read before it is written.
+template <class T>
+std::vector<T> scratch(int64_t count) {
+  return std::vector<T>(static_cast<size_t>(count), std::numeric_limits<T>::quiet_NaN());
+}
+
+template <class Function>
+void in_threads(int threads, int64_t count, Function&& run) {
+  std::vector<std::thread> pool;
+  for (int64_t part = 1; part < threads; ++part)
+    pool.emplace_back([&run, part, threads, count] { run(part * count / threads, (part + 1) * count / threads); });
+  run(int64_t(0), count / threads);
+  for (std::thread& thread : pool) thread.join();
+}
+
+inline void check_launch(int error) {
+  if (error != 0) throw std::runtime_error("the launch failed with " + std::to_string(error));
+}
+
+template <class Params>
+SharedSumPlan plan_of(const Backend& backend, const Params& params, bool summed, int64_t entries) {
+  const int64_t shared = params.batch.shared;
+  int64_t items = backend.emulated_cuda ? warp_items_per_unit(shared) : kCpuItemsPerUnit;
+  if (backend.items_per_unit > 0) items = backend.items_per_unit;
+  if (backend.emulated_cuda && summed && items > shared) items = shared;  // a warp serves one owner
+  return shared_sum_plan(params.batch, summed, entries, items);
+}
+
+template <class Params, class Kernels>
+void run_shared_sum(const Backend& backend, const Params& params, const SharedSumPlan& plan, const Kernels& kernels) {
+  in_threads(backend.threads, plan.units,
+             [&](int64_t begin, int64_t end) { kernels.backward(params, plan, begin, end); });
+  if (plan.units_per_owner == 1) return;
+  in_threads(backend.threads, params.batch.count / params.batch.shared,
+             [&](int64_t begin, int64_t end) { kernels.backward_sum(params, plan, begin, end); });
+}
+
+// ---- Triangulation ----
+
+template <class Params>
+void set_views(Params& params, const Array& points, const Array& projections, const Array& weights) {
+  check_trailing(points, "points", {-1, 2});
+  params.views = static_cast<int>(points.size_at(2));
+  check_trailing(projections, "projections", {params.views, 3, 4});
+  if (weights.data != nullptr) check_trailing(weights, "weights", {params.views});
+  params.points_stride[0] = points.stride_at(2);
+  params.points_stride[1] = points.stride_at(1);
+  for (int d = 0; d < 3; ++d) params.projections_stride[d] = projections.stride_at(3 - d);
+  params.weights_stride = weights.data != nullptr ? weights.stride_at(1) : 0;
+}
+
+// points_3d: contiguous, in the batch of all operands.
+template <class T>
+void triangulate(const Backend& backend, const Array& points, const Array& projections, const Array& weights,
+                 bool homogeneous, const Array& points_3d) {
+  TriangulateParams<T> params{};
+  params.points = points.as<T>();
+  params.projections = projections.as<T>();
+  params.weights = weights.as<T>();
+  params.points_3d = points_3d.as<T>();
+  params.homogeneous = homogeneous;
+  set_views(params, points, projections, weights);
+  set_batch(params.batch, batch_of(points_3d, 1), {{points, 2}, {projections, 3}, {weights, 1}, {points_3d, 1}});
+  if (backend.emulated_cuda) return check_launch(cuda::triangulate(params, nullptr));
+  const auto& kernels = TRITOOL_KERNELS_OF(backend.isa, triangulate_kernels, T);
+  in_threads(backend.threads, params.batch.count,
+             [&](int64_t begin, int64_t end) { kernels.forward(params, begin, end); });
+}
+
+// Gradients to points and weights: contiguous, in the batch of all operands; to projections: in their own shape.
+template <class T>
+void triangulate_backward(const Backend& backend, const Array& grad, const Array& points, const Array& projections,
+                          const Array& weights, bool homogeneous, const Sizes& batch, const Array& grad_points,
+                          const Array& grad_projections, const Array& grad_weights) {
+  using Params = TriangulateBackwardParams<T>;
+  Params params{};
+  params.grad = grad.as<T>();
+  params.points = points.as<T>();
+  params.projections = projections.as<T>();
+  params.weights = weights.as<T>();
+  params.grad_points = grad_points.as<T>();
+  params.grad_projections = grad_projections.as<T>();
+  params.grad_weights = grad_weights.as<T>();
+  params.homogeneous = homogeneous;
+  check_trailing(grad, "grad", {3});
+  params.grad_stride = grad.stride_at(1);
+  set_views(params, points, projections, weights);
+  const bool summed = grad_projections.data != nullptr;
+  set_batch(params.batch, batch,
+            {{grad, 1}, {points, 2}, {projections, 3}, {weights, 1}, {grad_points, 2}, {grad_projections, 3}, {grad_weights, 1}},
+            summed ? int(Params::kGradProjections) : -1);
+  if (params.batch.count == 0) return summed ? set_zero<T>(grad_projections) : void();
+  const SharedSumPlan plan = plan_of(backend, params, summed, 12 * int64_t(params.views));
+  std::vector<T> partial_sums = scratch<T>(plan.partial_count);
+  params.partial_sums = partial_sums.data();
+  if (backend.emulated_cuda) return check_launch(cuda::triangulate_backward(params, plan, nullptr));
+  run_shared_sum(backend, params, plan, TRITOOL_KERNELS_OF(backend.isa, triangulate_kernels, T));
+}
+
+// ---- Projection ----
+
+template <class Params>
+void set_matrices(Params& params, const Array& points, const Array& projections) {
+  check_trailing(points, "points", {3});
+  check_trailing(projections, "projections", {-1, 3, 4});
+  params.views = static_cast<int>(projections.size_at(3));
+  params.points_stride = points.stride_at(1);
+  for (int d = 0; d < 3; ++d) params.projections_stride[d] = projections.stride_at(3 - d);
+}
+
+template <class T>
+void project(const Backend& backend, const Array& points, const Array& projections, const Array& pixels) {
+  ProjectParams<T> params{};
+  params.points = points.as<T>();
+  params.projections = projections.as<T>();
+  params.pixels = pixels.as<T>();
+  set_matrices(params, points, projections);
+  set_batch(params.batch, batch_of(pixels, 2), {{points, 1}, {projections, 3}, {pixels, 2}});
+  if (backend.emulated_cuda) return check_launch(cuda::project(params, nullptr));
+  const auto& kernels = TRITOOL_KERNELS_OF(backend.isa, project_kernels, T);
+  in_threads(backend.threads, params.batch.count,
+             [&](int64_t begin, int64_t end) { kernels.forward(params, begin, end); });
+}
+
+template <class T>
+void project_backward(const Backend& backend, const Array& grad, const Array& points, const Array& projections,
+                      const Sizes& batch, const Array& grad_points, const Array& grad_projections) {
+  using Params = ProjectBackwardParams<T>;
+  Params params{};
+  params.grad = grad.as<T>();
+  params.points = points.as<T>();
+  params.projections = projections.as<T>();
+  params.grad_points = grad_points.as<T>();
+  params.grad_projections = grad_projections.as<T>();
+  set_matrices(params, points, projections);
+  check_trailing(grad, "grad", {params.views, 2});
+  params.grad_stride[0] = grad.stride_at(2);
+  params.grad_stride[1] = grad.stride_at(1);
+  const bool summed = grad_projections.data != nullptr;
+  set_batch(params.batch, batch, {{grad, 2}, {points, 1}, {projections, 3}, {grad_points, 1}, {grad_projections, 3}},
+            summed ? int(Params::kGradProjections) : -1);
+  if (params.batch.count == 0) return summed ? set_zero<T>(grad_projections) : void();
+  const SharedSumPlan plan = plan_of(backend, params, summed, 12 * int64_t(params.views));
+  std::vector<T> partial_sums = scratch<T>(plan.partial_count);
+  params.partial_sums = partial_sums.data();
+  if (backend.emulated_cuda) return check_launch(cuda::project_backward(params, plan, nullptr));
+  run_shared_sum(backend, params, plan, TRITOOL_KERNELS_OF(backend.isa, project_kernels, T));
+}
+
+// ---- Softmax moments ----
+
+// The last `dims` dimensions as three axes, the first of size 1 for a 2D map.
+inline void set_axes(const Array& maps, int dims, int64_t (&size)[3], int64_t (&stride)[3]) {
+  for (int axis = 0; axis < 3; ++axis) {
+    const bool there = axis >= 3 - dims;
+    size[axis] = there ? maps.size_at(3 - axis) : 1;
+    stride[axis] = there ? maps.stride_at(3 - axis) : 0;
+  }
+}
+
+template <class In>
+Accumulator<In> base_two(double inverse_temperature) {
+  return Accumulator<In>(inverse_temperature * 1.4426950408889634074);  // log2(e)
+}
+
+struct Moments {
+  Array mean, covariance, log_partition, partition;
+};
+
+template <class In>
+void softmax_moments(const Backend& backend, const Array& logits, int dims, double inverse_temperature,
+                     const Moments& moments) {
+  using T = Accumulator<In>;
+  SoftmaxMomentsParams<In> params{};
+  params.logits = logits.as<In>();
+  params.mean = moments.mean.as<T>();
+  params.covariance = moments.covariance.as<T>();
+  params.log_partition = moments.log_partition.as<T>();
+  params.partition = moments.partition.as<T>();
+  params.dims = dims;
+  params.c = base_two<In>(inverse_temperature);
+  set_axes(logits, dims, params.size, params.stride);
+  set_batch(params.maps, batch_of(logits, dims), {{logits, dims}});
+  params.maps_adjacent = are_maps_adjacent(params.maps, {params.stride[2]});
+  if (backend.emulated_cuda) {
+    const int64_t elements = params.size[0] * params.size[1] * params.size[2];
+    const int64_t splits = cuda::softmax_moments_splits(params.maps.count, elements);
+    std::vector<T> partial = scratch<T>(splits > 1 ? params.maps.count * splits * cuda::kMomentStateSize : 0);
+    params.partial = partial.data();
+    return check_launch(cuda::softmax_moments(params, nullptr));
+  }
+  const auto& kernels = TRITOOL_KERNELS_OF(backend.isa, softmax_moments_kernels, In);
+  in_threads(backend.threads, kernels.work(params),
+             [&](int64_t begin, int64_t end) { kernels.forward(params, begin, end); });
+}
+
+// What comes in for the moments' gradients and is absent counts as zero; all but the logits is contiguous.
+template <class In>
+void softmax_moments_backward(const Backend& backend, const Moments& grad, const Array& logits, const Moments& moments,
+                              int dims, double inverse_temperature, const Array& grad_logits) {
+  using T = Accumulator<In>;
+  using Params = SoftmaxMomentsBackwardParams<In>;
+  Params params{};
+  params.logits = logits.as<In>();
+  params.grad_logits = grad_logits.as<In>();
+  params.mean = moments.mean.as<T>();
+  params.covariance = grad.covariance.data != nullptr ? moments.covariance.as<T>() : nullptr;
+  params.partition = moments.partition.as<T>();
+  params.grad_mean = grad.mean.as<T>();
+  params.grad_covariance = grad.covariance.as<T>();
+  params.grad_log_partition = grad.log_partition.as<T>();
+  params.dims = dims;
+  params.c = base_two<In>(inverse_temperature);
+  params.inverse_temperature = T(inverse_temperature);
+  set_axes(logits, dims, params.size, params.stride[Params::kLogits]);
+  set_axes(grad_logits, dims, params.size, params.stride[Params::kGradLogits]);
+  set_batch(params.maps, batch_of(logits, dims), {{logits, dims}, {grad_logits, dims}});
+  params.maps_adjacent = are_maps_adjacent(
+      params.maps, {params.stride[Params::kLogits][2], params.stride[Params::kGradLogits][2]});
+  if (backend.emulated_cuda) return check_launch(cuda::softmax_moments_backward(params, nullptr));
+  const auto& kernels = TRITOOL_KERNELS_OF(backend.isa, softmax_moments_kernels, In);
+  in_threads(backend.threads, kernels.backward_work(params),
+             [&](int64_t begin, int64_t end) { kernels.backward(params, begin, end); });
+}
+
+}  // namespace tritool::testing
