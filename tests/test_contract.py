@@ -42,9 +42,8 @@ def weighted_sum(function: Callable[..., Any]) -> Callable[..., Tensor]:
         total = args[0].new_zeros(())
         for output in outputs_of(function(*args)):
             flat = output.reshape(-1)
-            total = total + (
-                flat * torch.arange(1, flat.numel() + 1, device=flat.device).cos()
-            ).sum()
+            number = torch.arange(1, flat.numel() + 1, dtype=flat.dtype, device=flat.device)
+            total = total + (flat * number.cos()).sum()
         return total
 
     return scalar
@@ -152,9 +151,7 @@ def test_vmap_over_each_argument(case: OpCase, device: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_compile(case: OpCase, dynamic: bool, device: str) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(
-        case.function, fullgraph=True, dynamic=dynamic, backend="aot_eager"
-    )
+    compiled = torch.compile(case.function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch in (BATCH, BATCH + 2):
         args = arguments(case, device, batch)
         assert_close(compiled(*args), case.function(*args))
@@ -167,7 +164,8 @@ def test_compile_dynamic_does_not_recompile(device: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     case = CASES[0]
     compiled = torch.compile(case.function, fullgraph=True, dynamic=True, backend=counter)
-    for batch in (2, 3, 5, 8):
+    # Not 2, 3 or 4: sizes that are equal at first are taken for one, and those are fixed ones.
+    for batch in (5, 6, 7, 9):
         compiled(*arguments(case, device, batch))
     assert counter.frame_count == 1
 
@@ -187,7 +185,9 @@ def test_compiled_transforms(case: OpCase, device: str) -> None:
     torch._dynamo.reset()
     plain = tuple(x.detach() for x in arguments(case, device))
     gradient = torch.func.grad(weighted_sum(case.function))
-    assert_close(torch.compile(gradient, fullgraph=True, backend="aot_eager")(*plain), gradient(*plain))
+    assert_close(
+        torch.compile(gradient, fullgraph=True, backend="aot_eager")(*plain), gradient(*plain)
+    )
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])

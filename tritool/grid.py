@@ -49,9 +49,10 @@ class VoxelGrid:
         if self.origin.ndim != 2 or self.origin.shape[1] != 3:
             raise ValueError(f"origin must be [B, 3], got {tuple(self.origin.shape)}")
         _require_like(self.axes, "axes", self.origin)
-        if self.axes.shape != (len(self.origin), 3, 3):
+        if self.axes.shape != (self.origin.shape[0], 3, 3):
             raise ValueError(
-                f"axes must be [B, 3, 3] with B = {len(self.origin)}, got {tuple(self.axes.shape)}"
+                "axes must be [B, 3, 3] with B = "
+                f"{self.origin.shape[0]}, got {tuple(self.axes.shape)}"
             )
         object.__setattr__(self, "size", _checked_size(self.size))
 
@@ -99,9 +100,9 @@ class VoxelGrid:
         if rotation is None:
             rotation = torch.eye(3, dtype=center.dtype, device=center.device)
         _require_like(rotation, "rotation", center)
-        if rotation.shape not in ((3, 3), (len(center), 3, 3)):
+        if rotation.shape not in ((3, 3), (center.shape[0], 3, 3)):
             raise ValueError(
-                f"rotation must be [B, 3, 3] or [3, 3] with B = {len(center)}, "
+                f"rotation must be [B, 3, 3] or [3, 3] with B = {center.shape[0]}, "
                 f"got {tuple(rotation.shape)}"
             )
         # Scalars stay Python numbers: copying them to the device would wait for it.
@@ -221,9 +222,10 @@ def _box_sides(side: float | Sequence[float] | Tensor, center: Tensor) -> Sequen
     """The edge lengths along the grid's three axes: numbers, or tensors [B, 1] or [1, 1]."""
     if isinstance(side, Tensor):
         _require_like(side, "side", center)
-        if side.shape not in ((), (len(center),), (len(center), 3)):
+        if side.shape not in ((), (center.shape[0],), (center.shape[0], 3)):
             raise ValueError(
-                f"side must be [], [B] or [B, 3] with B = {len(center)}, got {tuple(side.shape)}"
+                f"side must be [], [B] or [B, 3] with B = {center.shape[0]}, "
+                f"got {tuple(side.shape)}"
             )
         boxes = side if side.ndim == 2 else side.reshape(-1, 1).expand(-1, 3)
         return boxes[..., None].unbind(1)

@@ -78,6 +78,6 @@ def positive_number(name: str, value: float) -> float:
             f"{name} must be a number, got a tensor; to learn it, multiply the input by it"
         )
     number = float(value)
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value}")
     return number

@@ -11,6 +11,7 @@ defined and raises; it is never silently zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ def register(
         schema: The op's signature in the dispatcher's language.
         fake: Shapes, dtypes and strides of the results, for tensors without data.
         composite: The op in plain PyTorch, which serves where the native library is absent.
-        vmap: The batching rule `(info, in_dims, *args) -> (outputs, out_dims)`.
+        vmap: The batching rule `(call, info, in_dims, *args) -> (outputs, out_dims)`, where `call`
+            is the op without the mapped dimension.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
@@ -74,6 +76,7 @@ def register(
         setup_context=function.setup_context,
         lib=_LIBRARY,
     )
-    torch.library.register_vmap(qualified, vmap, lib=_LIBRARY)
-    function.vmap = staticmethod(vmap)  # type: ignore[method-assign]
+    op = getattr(torch.ops.tritool, name).default
+    torch.library.register_vmap(qualified, partial(vmap, op), lib=_LIBRARY)
+    function.vmap = staticmethod(partial(vmap, function.apply))  # type: ignore[method-assign]
     torch.compiler.allow_in_graph(function)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -129,17 +130,19 @@ def _fake_backward(
     )
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    return Project.apply(*expand_batched(info.batch_size, in_dims, args, full=(0,))), 0
+def _vmap(
+    call: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any
+) -> tuple[Tensor, int]:
+    return call(*expand_batched(info.batch_size, in_dims, args, full=(0,))), 0
 
 
 def _vmap_backward(
-    info: Any, in_dims: tuple[int | None, ...], *args: Any
+    call: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     # Each mapped slice wants its own gradient of projections, also where they are shared: expand
     # those too.
     moved = expand_batched(info.batch_size, in_dims, args, full=(0, 1, 2))
-    return ProjectBackward.apply(*moved), tuple(0 if want else None for want in args[3:])
+    return call(*moved), tuple(0 if want else None for want in args[3:])
 
 
 register(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -166,7 +167,10 @@ def _to_world(moments: Moments, volumes: Tensor, grid: VoxelGrid) -> Moments:
     if covariance.dim() > 1:
         axes = grid.axes.reshape(-1, *(1,) * max(volumes.dim() - 4, 0), 3, 3)
         spread = torch.where(valid[..., None], covariance, 0).to(dtype)
-        spread = (axes.mT @ spread @ axes).reshape(covariance.shape)
+        # axes^T C axes, without a matmul: autocast and TF32 would round it.
+        spread = (spread[..., :, :, None] * axes[..., None, :, :]).sum(-2)
+        spread = (axes[..., :, :, None] * spread[..., :, None, :]).sum(-3)
+        spread = spread.reshape(covariance.shape)
         covariance = torch.where(valid[..., None], spread, torch.nan)
     return Moments(world, covariance, log_partition)
 
@@ -192,7 +196,7 @@ class SoftmaxMoments(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keeps the logits and, a few numbers a map, the results."""
-        logits, ctx.dims, ctx.inverse_temperature, _ = inputs
+        logits, ctx.dims, ctx.inverse_temperature, ctx.with_covariance = inputs
         mean, covariance, _, partition = output
         ctx.save_for_backward(logits, mean, covariance, partition)
         ctx.mark_non_differentiable(partition)
@@ -202,6 +206,8 @@ class SoftmaxMoments(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient to the logits."""
         grad_mean, grad_covariance, grad_log_partition, _ = grads
+        if not ctx.with_covariance:  # an empty tensor, and so may its gradient be
+            grad_covariance = None
         if grad_mean is None and grad_covariance is None and grad_log_partition is None:
             return None, None, None, None
         grad_logits = SoftmaxMomentsBackward.apply(
@@ -289,15 +295,16 @@ def _fake_backward(
 
 
 def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], *args: Any
+    call: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    outputs = SoftmaxMoments.apply(*expand_batched(info.batch_size, in_dims, args, full=(0,)))
+    outputs = call(*expand_batched(info.batch_size, in_dims, args, full=(0,)))
     return outputs, (0, 0 if args[3] else None, 0, 0)
 
 
-def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    moved = expand_batched(info.batch_size, in_dims, args, full=tuple(range(7)))
-    return SoftmaxMomentsBackward.apply(*moved), 0
+def _vmap_backward(
+    call: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any
+) -> tuple[Tensor, int]:
+    return call(*expand_batched(info.batch_size, in_dims, args, full=tuple(range(7)))), 0
 
 
 register(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def _reweighted(
     if weights is not None:
         present = present & (weights != 0)
     row = torch.where(present[..., None], row, row.new_tensor([0.0, 0.0, 0.0, 1.0]))
-    depth = (row[..., :3] @ at[..., None]).squeeze(-1) + row[..., 3]
+    # Not a matmul: autocast and TF32 would round it.
+    depth = (row[..., :3] * at[..., None, :]).sum(-1) + row[..., 3]
     scale = 1 / depth.abs()
     refined = Triangulate.apply(
         points, projections, scale if weights is None else weights * scale, homogeneous
@@ -206,18 +208,20 @@ def _fake_backward(
     )
 
 
-def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    return Triangulate.apply(*expand_batched(info.batch_size, in_dims, args, full=(0, 2))), 0
+def _vmap(
+    call: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any
+) -> tuple[Tensor, int]:
+    return call(*expand_batched(info.batch_size, in_dims, args, full=(0, 2))), 0
 
 
 def _vmap_backward(
-    info: Any, in_dims: tuple[int | None, ...], *args: Any
+    call: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     # Each mapped slice wants its own gradient of projections, also where they are shared: expand
     # those too.
     moved = expand_batched(info.batch_size, in_dims, args, full=(0, 1, 2, 3))
     wanted = args[5:8]
-    grads = TriangulateBackward.apply(*moved)
+    grads = call(*moved)
     present = (True, True, args[3] is not None)
     return grads, tuple(0 if w and p else None for w, p in zip(wanted, present, strict=True))
 
