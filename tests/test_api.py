@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public names and signatures, against tests/api.json.
 
-A change there is a decision, not an accident. After a decision: `python tests/test_api.py` writes the file anew.
+A change there is a decision, not an accident; after one, `python tests/test_api.py` writes the
+file anew.
 """
 
 from __future__ import annotations

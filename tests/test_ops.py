@@ -327,6 +327,7 @@ with warnings.catch_warnings(record=True) as caught:
 ours = [w for w in caught if "tritool" in str(w.message)]
 assert len(ours) == 1 and "plain PyTorch serves" in str(ours[0].message), caught
 assert native.describe()["paths"]["cpu"] == "plain PyTorch"
+assert "triangulate" in native.describe()["ops"]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -63,9 +63,13 @@ def describe() -> dict[str, Any]:
         cpu_path = cuda_path = "plain PyTorch"
     else:
         cpu_path = f"native, {cpu}"
-        cuda_path = (
-            f"native, {architectures}" if architectures else "not built: a CUDA tensor raises"
-        )
+        cuda_path = f"native, {architectures}" if architectures else "not built, raises"
+    # Every op of the dispatcher's namespace that has been defined, so after `import tritool.ops`.
+    names = sorted(
+        name.removeprefix("tritool::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("tritool::") and not name.endswith("_backward")
+    )
     try:
         tritool_version = version("tritool")
     except PackageNotFoundError:
@@ -81,5 +85,6 @@ def describe() -> dict[str, Any]:
         "cuda_architectures": architectures,
         "torch_cuda": torch.version.cuda or "",
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "ops": names,
         "paths": {"cpu": cpu_path, "cuda": cuda_path},
     }

@@ -344,6 +344,7 @@ def _demo(options: argparse.Namespace) -> tuple[Result, str]:
 
 
 def _info(options: argparse.Namespace) -> tuple[Result, str]:
+    import tritool.ops  # noqa: F401 (defines the ops that are described)
     from tritool._native import describe
 
     # Through JSON and back: what --json prints is exactly what the text shows.
