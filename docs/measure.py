@@ -4,8 +4,8 @@
     .venv/bin/python docs/measure.py            print the tables
     .venv/bin/python docs/measure.py --write    and put them between the markers of the pages
 
-Errors are those of float32 results against tritool.reference in float64 on the same float32 inputs, so that they hold
-the rounding of the algorithm alone. Rigs: tests/rigs.py. Everything is seeded.
+Errors are those of float32 results against tritool.reference in float64 on the same float32 inputs,
+so that they hold the rounding of the algorithm alone. Rigs: tests/rigs.py. Everything is seeded.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def spread(errors: Array, *, tail: bool = True) -> str:
+def spread(errors: Array) -> str:
     """Median, 99.9 % and largest."""
-    if not np.isfinite(errors).all():
-        return f"{np.nanmedian(errors):.1e}, {np.mean(~np.isfinite(errors)):.1%} not finite"
-    values = [np.median(errors), *([np.percentile(errors, 99.9)] if tail else []), errors.max()]
-    return " / ".join(f"{value:.1e}" for value in values)
+    finite = errors[np.isfinite(errors)]
+    values = (np.median(finite), np.percentile(finite, 99.9), finite.max())
+    text = " / ".join(f"{value:.1e}" for value in values)
+    lost = errors.size - finite.size
+    return f"{text}, {lost} of {errors.size} not finite" if lost else text
 
 
 def single(*arrays: Array) -> list[torch.Tensor]:
@@ -199,6 +200,28 @@ def gradient_errors(count: int) -> str:
     return table(["rig", *head], lines)
 
 
+def determinacy(count: int) -> str:
+    """Least ratio of the singular values of the first three columns of A, rows in float32."""
+
+    def ratio(*inputs: torch.Tensor) -> float:
+        leading = rows(*inputs)[..., :3].double()
+        singular = torch.linalg.svdvals(leading)
+        return float((singular[..., 2] / singular[..., 0]).min())
+
+    lines = []
+    for name in rigs.RIGS:
+        for kind in ("one", "log"):
+            seen = rigs.observe(rigs.RIGS[name](), count, weights=kind)
+            value = ratio(*single(seen.points, seen.projections, seen.weights))
+            lines.append([f"{name}{', log weights' * (kind == 'log')}", f"{value:.1e}"])
+    for reason in ("same view twice", "coincident cameras", "parallel rays"):
+        rng = np.random.default_rng(0)
+        bad = [rigs.degenerate(reason, rigs.h36m4(), rng) for _ in range(200)]
+        values = [ratio(*single(b.points, b.projections, b.weights)) for b in bad]
+        lines.append([reason, f"at most {max(values):.1e}"])
+    return table(["points", "sqrt(s_3 / s_1)"], lines)
+
+
 # ---- Soft-argmax ----
 
 
@@ -231,8 +254,8 @@ def mean_errors(size: int) -> str:
     """Largest error of the mean over the axes, in pixels or voxels; one map a line."""
     rng = np.random.default_rng(0)
     y, x = np.indices((size, size + size // 3))
-    peak = np.exp(-((x - 0.61 * size) ** 2 + (y - 0.38 * size) ** 2) / 18)
-    noise = 0.05 * rng.standard_normal(peak.shape)
+    peak = np.exp(-((x - 0.61 * size) ** 2 + (y - 0.38 * size) ** 2) / 128)
+    noise = 0.02 * rng.standard_normal(peak.shape)
     side = 2 * size // 3
     ramp = np.arange(side**3).reshape(side, side, side) / side**3
     cases = [
@@ -269,6 +292,7 @@ TABLES: dict[str, tuple[str, Callable[[int], str], int]] = {
     "unit": ("ops/triangulate.md", unit_errors, 20000),
     "constraint": ("ops/triangulate.md", constraint_errors, 5000),
     "gradient": ("ops/triangulate.md", gradient_errors, 3000),
+    "determinacy": ("ops/triangulate.md", determinacy, 5000),
     "mean": ("ops/soft_argmax.md", mean_errors, 96),
 }
 

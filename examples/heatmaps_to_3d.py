@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From heat maps to 3D joints and back: soft-argmax, triangulation, a 3D loss, gradients to the pixels.
+"""From heat maps to 3D joints, and the gradient of the 3D error back to every pixel.
 
-Four cameras around a room see 17 joints. The heat maps, which a network would make, peak a few cells off the truth. A
-bias on every cell is trained by the 3D error alone: no 2D label is used anywhere.
+Four cameras around a room see 17 joints. The heat maps, which a network would make, peak a cell or
+two off the truth. A bias on every cell is trained by the 3D error alone: no 2D label is used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learn how far to trust each camera: the weights of triangulation are trained by the 3D error.
 
-Five cameras, one of which is noisy (a bad lens, a hidden corner). One number a camera is trained on points whose
-position is known; then the weights are used on points that were never seen.
+Five cameras, one of which is noisy (a bad lens, a hidden corner). One number a camera is trained on
+points whose position is known; then the weights are used on points that were never seen.
 """
 
 from __future__ import annotations

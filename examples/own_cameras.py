@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Your own cameras: from K, R, t and lens distortion to weighted 3D points and their reprojection error.
+"""Your own cameras: from K, R, t and lens distortion to 3D points and their reprojection error.
 
-Replace the numbers by those of your calibration. Units are yours (here millimetres); x_cam = R X + t.
+Replace the numbers by those of your calibration. World units are yours, here millimetres.
 """
 
 from __future__ import annotations

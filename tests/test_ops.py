@@ -197,9 +197,10 @@ def test_reweighting_keeps_bad_points_apart(reweight: int, device: str) -> None:
     projections = projections.expand(10, 4, 3, 4).clone()
     projections[5, 2] = torch.nan
     weights[5, 2] = 0
+    projections[8, 1] = torch.nan
     inputs = [x.requires_grad_() for x in (points, projections, weights)]
     result = ops.triangulate(*inputs, reweight=reweight)
-    assert result.isnan().any(-1).nonzero().flatten().tolist() == [3]
+    assert result.isnan().any(-1).nonzero().flatten().tolist() == [3, 8]
     grads = torch.autograd.grad(result.nan_to_num().sum(), inputs)
     assert all(g.isfinite().all() for g in grads)
     want = reference.triangulate(*(x.detach().cpu().numpy() for x in inputs), reweight=reweight)

@@ -47,7 +47,7 @@ STEPS = 6
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"weighting": "none"},
     "confidence-weighted": {},
-    "confidence-weighted, reweighted once": {"reweight": 1},
+    "the same, inhomogeneous, reweighted once": {"mode": "inhomogeneous", "reweight": 1},
 }
 
 

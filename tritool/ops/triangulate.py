@@ -41,7 +41,9 @@ def triangulate(
             weight enters squared). None: every view counts alike.
         mode: `"homogeneous"` or `"inhomogeneous"`.
         reweight: Rounds in which every view's weight is divided by the depth of the previous
-            solution; one round comes close to the least reprojection error. Differentiated through.
+            solution, differentiated through. One round brings the inhomogeneous solution close to
+            the least reprojection error; the homogeneous one keeps its pull away from the origin
+            (docs/ops/triangulate.md has the distances).
 
     Returns:
         `[..., 3]`, world units, in the widest dtype of the arguments and at least float32. NaN,
@@ -54,8 +56,9 @@ def triangulate(
         ValueError: Shapes or devices do not fit, `mode` is unknown or `reweight` negative.
 
     Example:
-        >>> P = torch.tensor([[[1., 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4]], [[0., 0, 1, 0], [0, 1, 0,
-        0], [-1, 0, 0, 4]]]) >>> point = torch.tensor([0.5, -0.25, 1.0])
+        >>> P = torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 4]],
+        ...                   [[0.0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, 4]]])
+        >>> point = torch.tensor([0.5, -0.25, 1.0])
         >>> triangulate(project(point, P), P)
         tensor([ 0.5000, -0.2500,  1.0000])
     """
@@ -84,10 +87,10 @@ def triangulate(
     if weights is not None:
         weights = weights.to(dtype).expand(*batch, views)
 
-    points_3d = Triangulate.apply(points, projections, weights, homogeneous)
+    points_3d: Tensor = Triangulate.apply(points, projections, weights, homogeneous)
     for _ in range(reweight):
         points_3d = _reweighted(points_3d, points, projections, weights, homogeneous)
-    return points_3d  # type: ignore[no-any-return]
+    return points_3d
 
 
 def _reweighted(
@@ -95,19 +98,18 @@ def _reweighted(
 ) -> Tensor:
     """One more solution, each view's weight divided by its depth of the previous one."""
     valid = ~previous.isnan().any(-1, keepdim=True)
-    # A point that is not valid goes on as 0, or its NaN would reach the gradient of everything as 0
-    # * NaN.
-    at = torch.where(valid, previous, 0)
-    # The last rows of absent views may hold anything; their weights do not count, so neither may
-    # their depth.
-    row = projections[..., 2, :]
-    present = ~points.isnan().any(-1)
+    # What is not a number here and does not count must not reach a gradient as 0 * NaN: points that
+    # are not valid and the matrices of absent views go on as zeros, and their depth as 1.
+    counts = valid & ~points.isnan().any(-1)
     if weights is not None:
-        present = present & (weights != 0)
-    row = torch.where(present[..., None], row, row.new_tensor([0.0, 0.0, 0.0, 1.0]))
+        counts = counts & (weights != 0)
+    at = torch.where(valid, previous, 0)
+    row = torch.where(counts[..., None], projections[..., 2, :], 0)
     # Not a matmul: autocast and TF32 would round it.
     depth = (row[..., :3] * at[..., None, :]).sum(-1) + row[..., 3]
-    scale = 1 / depth.abs()
+    nonzero = counts & (depth != 0)
+    scale = 1 / torch.where(nonzero, depth, 1).abs()
+    scale = torch.where(nonzero | ~counts, scale, torch.inf)  # in the camera's plane: no solution
     refined = Triangulate.apply(
         points, projections, scale if weights is None else weights * scale, homogeneous
     )
