@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How time, accuracy and memory are measured, and what is written down about the machine.
 
-Time: the variants of a case take turns (A B C A B C ...), so that a drift of the machine meets all of them alike; the medians
-and quartiles over the rounds are kept, and those of every round's ratio to tritool. On the CPU a sample is as many calls as
-take a millisecond. On a GPU it is one call between two CUDA events, its inputs swept out of the L2 cache beforehand; where
-Python takes longer to launch than the GPU to compute, that is in the time, as it is for every user.
+Time: the variants of a case take turns (A B C A B C ...), so that a drift of the machine meets all
+of them alike; the medians and quartiles over the rounds are kept, and those of every round's ratio
+to tritool. On the CPU a sample is as many calls as take a millisecond. On a GPU it is one call
+between two CUDA events, its inputs swept out of the L2 cache beforehand; where Python takes longer
+to launch than the GPU to compute, that is in the time, as it is for every user.
 
 Accuracy: the distance from the float64 result on the same float32 inputs, before anything is timed.
 """
@@ -48,7 +49,7 @@ MIN_ROUNDS, MAX_ROUNDS = 9, 300
 
 
 def prepared_call(case: Case, variant: Variant, mode: str) -> Call:
-    """The call to be timed, without arguments: forward, or forward and the gradients of `case.wrt`."""
+    """The call to be timed: forward, or forward and the gradients of `case.wrt`."""
     inputs = {name: case.inputs[name] for name in variant.uses}
     if mode == "forward":
 
@@ -149,11 +150,11 @@ def significant(value: float, digits: int = 4) -> float:
 
 
 def time_calls(calls: Mapping[str, Call], reference: str, device: str, seconds: float) -> Json:
-    """Times of all calls in milliseconds, taking turns for about `seconds` (but at least `MIN_ROUNDS` rounds).
+    """Times of all calls, which take turns for about `seconds`, but at least `MIN_ROUNDS` rounds.
 
     Returns:
-        For each name, `median_ms`, `q1_ms`, `q3_ms`, `best_ms` and `rounds`, and `ratio`, `ratio_q1`, `ratio_q3`: the time
-        divided by that of `reference` in the same round.
+        For each name, `median_ms`, `q1_ms`, `q3_ms`, `best_ms` and `rounds`, and `ratio`,
+        `ratio_q1`, `ratio_q3`: the time divided by that of `reference` in the same round.
     """
     with _quiet_interpreter():
         sample = _cuda_sampler() if device == "cuda" else _cpu_sampler
@@ -254,8 +255,8 @@ def can_reset_peak() -> bool:
 def peak_memory(call: Call, device: str) -> float:
     """MiB that one call needs above what was there before it, its outputs included.
 
-    On the CPU the process must give freed memory back (see `RETURNED_PAGES`). Where the peak cannot be reset, it can be
-    asked for once in the life of a process.
+    On the CPU the process must give freed memory back (see `RETURNED_PAGES`). Where the peak cannot
+    be reset, it can be asked for once in the life of a process.
     """
     if device == "cuda":
         call()
@@ -267,7 +268,7 @@ def peak_memory(call: Call, device: str) -> float:
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     resettable = can_reset_peak()
     if resettable:
-        call()  # code, thread pools and workspaces of libraries come into memory with the first call
+        call()  # code, thread pools and workspaces come into memory with the first call
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     if resettable:
@@ -286,8 +287,9 @@ def _status_kib(field: str) -> int:
     return int(match[1])
 
 
-# By default glibc maps large blocks afresh on every call, and whoever allocates most pays most page faults. Kept pages favour
-# the rivals, so they are what is measured; suite "ops-default-malloc" measures the other.
+# By default glibc maps large blocks afresh on every call, and whoever allocates most pays most page
+# faults. Kept pages favour the rivals, so they are what is measured; suite "ops-default-malloc"
+# measures the other.
 KEPT_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 RETURNED_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
 
@@ -313,16 +315,20 @@ def environment(device: str) -> Json:
     }
     if device == "cuda":
         fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
-        values = (_output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]) or "").splitlines()
-        found["gpu"] = dict(zip(fields.split(","), map(str.strip, values[0].split(",")), strict=False)) if values else {
-            "name": torch.cuda.get_device_name(0)
-        }
+        values = (
+            _output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]) or ""
+        ).splitlines()
+        found["gpu"] = (
+            dict(zip(fields.split(","), map(str.strip, values[0].split(",")), strict=False))
+            if values
+            else {"name": torch.cuda.get_device_name(0)}
+        )
         found["gpu"]["l2_bytes"] = torch.cuda.get_device_properties(0).L2_cache_size
     return found
 
 
 def git_state() -> Json:
-    """Commit of the checkout, whether the measured sources differ from it, and whether the library is older than they."""
+    """The commit, whether the measured sources differ from it, and whether the library is older."""
     root = Path(__file__).resolve().parents[1]
     sources = ["csrc", "tritool", "setup.py", "benchmarks/*.py"]
     changed = _output(["git", "-C", str(root), "status", "--porcelain", "--", *sources])
@@ -337,7 +343,9 @@ def git_state() -> Json:
 
 def cpu_model() -> str:
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:
         match = None
     return match[1].strip() if match else platform.processor() or platform.machine()

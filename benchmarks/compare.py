@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what moved between two result files beyond noise: quartile ranges apart, and more than 5 % between the medians.
+"""Says what moved between two results beyond noise: quartile ranges apart, medians by over 5 %.
 
-Two runs on one machine can differ as a whole. `--relative` compares each variant's ratio to tritool in the same round, which
-such a drift leaves alone.
+Two runs on one machine can differ as a whole. `--relative` compares each variant's ratio to tritool
+in the same round, which such a drift leaves alone.
 """
 
 from __future__ import annotations

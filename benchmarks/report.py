@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's table, docs/benchmarks.md and its picture from the committed JSON; no number is typed by hand.
+"""Writes the README's table, docs/benchmarks.md and its picture from the committed JSON.
 
-`--check` writes nothing and exits with status 1 if the README or the page is not what the JSON says.
+`--check` writes nothing and exits with status 1 if the README or the page is not what the JSON
+says.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ SUITE_ORDER = ("ops", "ops-all-threads", "ops-default-malloc")
 
 
 def load(folder: Path, version: str | None = None) -> list[Json]:
-    """All results of one version, by default the highest, the main suite first and CPUs before GPUs."""
+    """All results of one version, by default the highest; the main suite and CPUs first."""
     versions = sorted(
         (path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.json"))),
-        key=lambda path: tuple(int(part) if part.isdigit() else -1 for part in path.name.split(".")),
+        key=lambda path: tuple(
+            int(part) if part.isdigit() else -1 for part in path.name.split(".")
+        ),
     )
     if not versions or version not in {None, *(path.name for path in versions)}:
         raise SystemExit(f"report.py: no results of version {version or 'any'} in {folder}")
@@ -47,7 +50,7 @@ def ours(case: Json) -> Json:
 
 
 def fastest_rival(case: Json, mode: str) -> Json | None:
-    """The fastest plain PyTorch version that is accurate and computes the same; packages are not plain PyTorch."""
+    """The fastest plain PyTorch version that is accurate; packages are not plain PyTorch."""
     rows = [
         row
         for row in case["variants"]
@@ -60,9 +63,12 @@ def fastest_rival(case: Json, mode: str) -> Json | None:
 
 
 def number(value: float | None) -> str:
+    """Three digits, without an exponent where that stays readable."""
     if value is None:
         return "-"
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 or abs(value) >= 1e5 else f"{value:.3g}"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:.1e}"
 
 
 def factor(value: float) -> str:
@@ -87,6 +93,8 @@ def caption(result: Json) -> str:
     environment = result["environment"]
     git = environment["git"]
     commit = (git["commit"] or "unknown")[:10] + (" with changes" if git["dirty"] else "")
+    if git["library_older_than_sources"]:
+        commit += ", built from older sources"
     tritool = environment["tritool"]["tritool"]
     path = environment["tritool"]["paths"][result["device"]]
     return (
@@ -95,33 +103,40 @@ def caption(result: Json) -> str:
     )
 
 
+README_HEADER = (
+    *("", "size", "", "fastest accurate plain PyTorch"),
+    *("tritool ms", "PyTorch ms", "speed-up", "error of both"),
+)
+
+
 def readme_rows(result: Json) -> Iterator[list[str]]:
     for case in result["cases"]:
         if not case["headline"] or "failure" in case:
             continue
         for mode in MODES:
             own, rival = ours(case), fastest_rival(case, mode)
-            row = [f"`{case['op']}`", case["size"], MODE_NAMES[mode], number(own["times"][mode]["median_ms"])]
-            errors = f"{number(own['error']['p999'])} / "
+            case_cells = [f"`{case['op']}`", case["size"], MODE_NAMES[mode]]
+            own_ms = number(own["times"][mode]["median_ms"])
+            own_error = number(own["error"]["p999"])
             if rival is None:
-                yield [*row, "none is accurate", "-", "-", f"{errors}- {case['unit']}"]
+                error = f"{own_error} / - {case['unit']}"
+                yield [*case_cells, "none is accurate", own_ms, "-", "-", error]
                 continue
             times = rival["times"][mode]
-            errors += f"{number(rival['error']['p999'])} {case['unit']}"
-            yield [*row, rival["name"], number(times["median_ms"]), factor(times["ratio"]), errors]
+            error = f"{own_error} / {number(rival['error']['p999'])} {case['unit']}"
+            rival_ms, speed_up = number(times["median_ms"]), factor(times["ratio"])
+            yield [*case_cells, rival["name"], own_ms, rival_ms, speed_up, error]
 
 
 def readme_block(results: Sequence[Json]) -> str:
-    header = ["", "size", "", "tritool ms", "fastest accurate plain PyTorch", "ms", "speed-up", "error of both"]
     parts = []
     for result in (r for r in results if r["suite"] == "ops"):
-        # The rival's name reads better flush left, so it goes before the numbers.
-        rows = [[*row[:3], row[4], row[3], *row[5:]] for row in readme_rows(result)]
-        names = [*header[:3], header[4], header[3], *header[5:]]
-        parts += [table(names, rows, left=4), f"{caption(result)}. A speed-up below 1 is a loss."]
+        parts.append(table(README_HEADER, list(readme_rows(result)), left=4))
+        parts.append(f"{caption(result)}. A speed-up below 1 is a loss.")
     parts.append(
-        "Median over rounds in which all versions take turns; the speed-up is the median of the rounds' ratios. Error: 99.9 % "
-        "of the results lie within this distance of float64. All sizes and rivals: [docs/benchmarks.md](docs/benchmarks.md)."
+        "Median over rounds in which all versions take turns; the speed-up is the median of the "
+        "rounds' ratios. Error: 99.9 % of the results lie within this distance of float64. "
+        "All sizes and rivals: [docs/benchmarks.md](docs/benchmarks.md)."
     )
     if not any(r["device"] == "cuda" for r in results):
         parts.append("The CUDA kernels have not been timed yet: no result from a GPU is recorded.")
@@ -130,7 +145,11 @@ def readme_block(results: Sequence[Json]) -> str:
 
 def with_block(readme: str, block: str) -> str:
     """The README with what stands between the markers replaced."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+    if (
+        readme.count(BEGIN) != 1
+        or readme.count(END) != 1
+        or readme.index(BEGIN) > readme.index(END)
+    ):
         raise SystemExit(f"report.py: the README must hold {BEGIN} and then {END}, each once")
     head, rest = readme.split(BEGIN)
     _, tail = rest.split(END)
@@ -140,25 +159,32 @@ def with_block(readme: str, block: str) -> str:
 METHOD = """\
 # Benchmarks
 
-Written by `benchmarks/report.py` from the JSON under `benchmarks/results`; do not edit. To measure: `make bench`, on a GPU
-`make bench ARGS="--device cuda"`; to compare two files: `python benchmarks/compare.py A.json B.json`.
+Written by `benchmarks/report.py` from the JSON under `benchmarks/results`; do not edit. To measure:
+`make bench`, on a GPU `make bench ARGS="--device cuda"`; to compare two files: `python
+benchmarks/compare.py A.json B.json`.
 
 How it is measured:
 
-- All versions of an operation get the same seeded float32 inputs and take turns within each round (A B C A B C ...). The tables
-  give medians over the rounds, the quartiles in brackets, and the median of the ratios to tritool within a round: above 1,
-  tritool is faster. Losses stand beside wins.
-- *Forward + backward* differentiates points and weights, heat maps or volumes, for a fixed random incoming gradient.
-- Before anything is timed, each result is compared with float64 (`tritool.reference`) on the same inputs. A version of which more
-  than 0.1 % of the results are farther off than the tolerance stated, or that yields anything not finite, is marked *not
-  accurate*: it is timed and listed, but never the rival that a speed-up is counted against.
-- The gradient error is relative to the float64 gradient, item by item: median / 99.9 %, of the worst input.
-- Plain PyTorch versions keep what they can between calls (grids, coordinates). kornia and OpenCV are measured as installed; what
-  they do less of is in the name. Neither is plain PyTorch, so neither counts as the rival in the README.
-- On the CPU, one thread unless said otherwise, and malloc is told to keep its pages, which favours the rivals, who allocate more
-  (suite `ops-default-malloc` does not). On a GPU, CUDA events around one call, inputs swept out of the L2 cache before it.
-- Peak memory is that of one call above its inputs, results included, in a fresh process (resident memory; on a GPU PyTorch's
-  allocator).
+- All versions of an operation get the same seeded float32 inputs and take turns within each round
+  (A B C A B C ...). The tables give medians over the rounds, the quartiles in brackets, and the
+  median of the ratios to tritool within a round: above 1, tritool is faster. Losses stand beside
+  wins.
+- *Forward + backward* differentiates points and weights, heat maps or volumes, for a fixed random
+  incoming gradient.
+- Before anything is timed, each result is compared with float64 (`tritool.reference`) on the same
+  inputs. A version of which more than 0.1 % of the results are farther off than the tolerance
+  stated, or that yields anything not finite, is marked *not accurate*: it is timed and listed, but
+  never the rival that a speed-up is counted against.
+- The gradient error is relative to the float64 gradient, item by item: median / 99.9 %, of the
+  worst input.
+- Plain PyTorch versions keep what they can between calls (grids, coordinates). kornia and OpenCV
+  are measured as installed; what they do less of is in the name. Neither is plain PyTorch, so
+  neither counts as the rival in the README.
+- On the CPU, one thread unless said otherwise, and malloc is told to keep its pages, which favours
+  the rivals, who allocate more (suite `ops-default-malloc` does not). On a GPU, CUDA events around
+  one call, inputs swept out of the L2 cache before it.
+- Peak memory is that of one call above its inputs, results included, in a fresh process (resident
+  memory; on a GPU PyTorch's allocator).
 """
 
 
@@ -177,10 +203,10 @@ def setting_lines(result: Json) -> str:
     environment, settings = result["environment"], result["settings"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["rivals"].items())
     lines = [
-        f"System: {environment['system']}, {environment['cores']} cores, {environment['memory_gib']} GiB, "
-        f"Python {environment['python']}.",
+        f"System: {environment['system']}, {environment['cores']} cores, "
+        f"{environment['memory_gib']} GiB, Python {environment['python']}.",
         f"Packages: {packages or 'none'}.",
-        f"Load average at the beginning and the end: {settings['load_average'][0]}, {settings['load_average'][1]}.",
+        "Load average at the beginning and the end: {}, {}.".format(*settings["load_average"]),
     ]
     if settings["malloc"]:
         variables = " ".join(f"{name}={value}" for name, value in settings["malloc"].items())
@@ -193,7 +219,16 @@ def setting_lines(result: Json) -> str:
 def case_section(case: Json) -> str:
     if "failure" in case:
         return f"Not measured: {case['failure']}."
-    header = ["version", "forward ms", "ratio", "fwd + bwd ms", "ratio", f"error {case['unit']}", "gradient error", "peak MiB"]
+    header = [
+        "version",
+        "forward ms",
+        "ratio",
+        "fwd + bwd ms",
+        "ratio",
+        f"error {case['unit']}",
+        "gradient error",
+        "peak MiB",
+    ]
     rows = [list(variant_cells(row)) for row in case["variants"]]
     return f"Tolerance {case['tolerance']:g} {case['unit']}.\n\n" + table(header, rows, left=1)
 
@@ -236,7 +271,11 @@ def plot(results: Sequence[Json], path: Path) -> None:
     chosen = [result for result in results if result["suite"] == "ops"]
     cases = max(len(result["cases"]) for result in chosen)
     figure, panels = plt.subplots(
-        1, len(chosen), figsize=(7.5 * len(chosen), 1.2 + 0.42 * cases), squeeze=False, layout="constrained"
+        1,
+        len(chosen),
+        figsize=(7.5 * len(chosen), 1.2 + 0.42 * cases),
+        squeeze=False,
+        layout="constrained",
     )
     colours = {"forward": "#1f77b4", "forward_backward": "#ff7f0e"}
     for panel, result in zip(panels[0], chosen, strict=True):
@@ -249,7 +288,9 @@ def plot(results: Sequence[Json], path: Path) -> None:
             ]
             rows = [row + shift for row, _ in bars]
             widths = [ratio - 1 for _, ratio in bars]
-            drawn = panel.barh(rows, widths, height=0.38, left=1, color=colours[mode], label=MODE_NAMES[mode])
+            drawn = panel.barh(
+                rows, widths, height=0.38, left=1, color=colours[mode], label=MODE_NAMES[mode]
+            )
             for bar, (_, ratio) in zip(drawn, bars, strict=True):
                 panel.annotate(
                     factor(ratio),
@@ -267,7 +308,11 @@ def plot(results: Sequence[Json], path: Path) -> None:
         panel.axvline(1, color="black", linewidth=0.8)
         low, high = panel.get_xlim()
         panel.set_xlim(min(low, 0.7) * 0.8, high * 1.6)
-        ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if panel.get_xlim()[0] <= tick <= panel.get_xlim()[1]]
+        ticks = [
+            tick
+            for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+            if panel.get_xlim()[0] <= tick <= panel.get_xlim()[1]
+        ]
         panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
         panel.minorticks_off()
         panel.grid(axis="x", alpha=0.3)
@@ -280,7 +325,9 @@ def plot(results: Sequence[Json], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 if anything is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; status 1 if anything is stale"
+    )
     parser.add_argument("--version", help="of the results (default: the highest)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
@@ -295,10 +342,15 @@ def main(arguments: list[str] | None = None) -> int:
         page: docs_page(results, "images/benchmark.png"),
     }
     if options.check:
-        stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+        stale = [
+            path for path, text in texts.items() if not path.exists() or path.read_text() != text
+        ]
         stale += [] if image.exists() else [image]
         for path in stale:
-            print(f"report.py: {path} is not what the results say; type: python benchmarks/report.py", file=sys.stderr)
+            print(
+                f"report.py: {path} is not what the results say; type: python benchmarks/report.py",
+                file=sys.stderr,
+            )
         return 1 if stale else 0
     options.docs.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one would write, or install, without tritool.
 
-The plain PyTorch versions are the strongest we know of for each operation; nothing they need and could keep between calls
-(grids, coordinates, float64 projections) is made inside the timed call. Sources of the formulas: Iskakov et al., "Learnable
-Triangulation of Human Pose" (ICCV 2019), for soft-argmax and the weighted linear triangulation (DLT); Hartley and Zisserman,
-"Multiple View Geometry", 12.2, for the DLT itself. Packages are measured as installed and left out where they are not.
+The plain PyTorch versions are the strongest we know of for each operation; nothing they need and
+could keep between calls (grids, coordinates, float64 projections) is made inside the timed call.
+Sources of the formulas: Iskakov et al., "Learnable Triangulation of Human Pose" (ICCV 2019), for
+soft-argmax and the weighted linear triangulation (DLT); Hartley and Zisserman, "Multiple View
+Geometry", 12.2, for the DLT itself. Packages are measured as installed and left out where they are
+not.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def _probabilities(maps: Tensor, dims: int, alpha: float) -> Tensor:
     return (flat if alpha == 1.0 else flat * alpha).softmax(-1).unflatten(-1, maps.shape[-dims:])
 
 
-def soft_argmax2d_marginals(height: int, width: int, alpha: float, device: str) -> Callable[..., Tensor]:
+def soft_argmax2d_marginals(
+    height: int, width: int, alpha: float, device: str
+) -> Callable[..., Tensor]:
     """Softmax, then the mean of each marginal: the matrix of pixel coordinates is never read."""
     xs = torch.arange(width, dtype=torch.float32, device=device)
     ys = torch.arange(height, dtype=torch.float32, device=device)

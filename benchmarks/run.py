@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures tritool beside plain PyTorch and installed packages, and writes one JSON.
 
-Suites: `ops`, every operation at every size; `ops-default-malloc`, the headline sizes as a user gets them who sets nothing.
-The JSON goes to benchmarks/results/<version>/<suite>--<machine>--<device>.json (with --quick to .benchmarks/).
+Suites: `ops`, every operation at every size; `ops-default-malloc`, the headline sizes as a user
+gets them who sets nothing. The JSON goes to
+benchmarks/results/<version>/<suite>--<machine>--<device>.json (with --quick to .benchmarks/).
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--seconds", type=float, help="for timing a case, forward or both (default: 8, quick 0.1)"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the JSON, replaced if it exists")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the JSON, replaced if it exists"
+    )
     return parser.parse_args(arguments)
 
 
@@ -126,7 +129,7 @@ def measure_case(spec: suites.Spec, request: Json, malloc: dict[str, str]) -> Js
 
 
 def add_peak_memory(spec: suites.Spec, request: Json, rows: list[Json]) -> None:
-    """In fresh processes: one for all calls, or one for each where the peak of a process cannot be reset."""
+    """In a fresh process; in one for each call where a peak cannot be reset."""
     calls = [[row["name"], mode] for row in rows for mode in row["times"]]
     groups = [calls] if bench.can_reset_peak() else [[call] for call in calls]
     for group in groups:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures one case in a process of its own and prints the result as JSON; started by run.py.
 
-A process per case: a rival that crashes takes nothing with it, no case inherits another's heap, and the settings of malloc
-and of the thread pools, which libraries read when they are loaded, hold from the start.
+A process per case: a rival that crashes takes nothing with it, no case inherits another's heap, and
+the settings of malloc and of the thread pools, which libraries read when they are loaded, hold from
+the start.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def with_compiled(case: suites.Case) -> suites.Case:
-    """The case with every plain PyTorch rival also under torch.compile, but for loops, which it unrolls."""
+    """Adds the plain PyTorch rivals under torch.compile, except loops, which it unrolls."""
     compiled = [
         dataclasses.replace(
             variant,
@@ -83,7 +84,7 @@ def measure_time(spec: suites.Spec, case: suites.Case, request: Json) -> Json:
 
 
 def measure_memory(spec: suites.Spec, case: suites.Case, request: Json) -> Json:
-    """Peak memory on the CPU, of all variants or (where a peak cannot be reset) of the one that is asked for."""
+    """Peak memory on the CPU of the calls that are asked for."""
     peaks: Json = {}
     for variant in case.variants:
         for mode in bench.modes_of(variant):

@@ -15,6 +15,8 @@ from cases import CASES, OpCase
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tritool.ops import _register
+
 BATCH = 3
 RAW = [(case, name) for case in CASES for name in case.raw]
 
@@ -248,6 +250,15 @@ def test_activation_checkpoint(case: OpCase, device: str) -> None:
 
     got = torch.autograd.grad(checkpoint(scalar, *args, use_reentrant=False), args)
     assert_close(got, want, 0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_stock_apply_gives_the_same(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short way of calling a Function stands on a private name of torch; without it, the same."""
+    args = arguments(case, "cpu")
+    want = torch.autograd.grad(weighted_sum(case.function)(*args), args)
+    monkeypatch.setattr(_register, "_transforms_active", lambda: True)
+    assert_close(torch.autograd.grad(weighted_sum(case.function)(*args), args), want, 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)

@@ -205,8 +205,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=_rounds,
         default=0,
-        help="rounds of dividing each view by its depth; with --mode inhomogeneous 1 comes close to "
-        "the least reprojection error (default: %(default)s)",
+        help="rounds of dividing each view by its depth; with --mode inhomogeneous, 1 comes close "
+        "to the least reprojection error (default: %(default)s)",
     )
     triangulate.add_argument(
         "--min-confidence",

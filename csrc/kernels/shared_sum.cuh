@@ -30,33 +30,33 @@ __device__ __forceinline__ T* begin_warp_unit(const SharedSumPlan& plan, const B
   return sum;
 }
 
-// One warp per number of every owner: adds up its units' partial sums.
-template <class T, int kOperands>
+// One warp per number of every owner: adds up its units' partial sums. kOwner: the operand that is the owner.
+template <class T, int kOwner, int kOperands>
 __global__ void __launch_bounds__(kSharedSumBlock)
-    add_partial_sums_kernel(SharedSumPlan plan, Batch<kOperands> batch, int owner_operand, T* owners,
-                            const T* partial_sums) {
+    add_partial_sums_kernel(SharedSumPlan plan, Batch<kOperands> batch, T* owners, const T* partial_sums) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t sums = batch.count / batch.shared * plan.entries;
   for (int64_t index = thread_index() / kWarpSize; index < sums; index += thread_count() / kWarpSize) {
     const int64_t owner = index / plan.entries, entry = index - owner * plan.entries;
-    T sum = T(0);
-    for (int64_t unit = lane; unit < plan.units_per_owner; unit += kWarpSize)
-      sum += partial_sums[(owner * plan.units_per_owner + unit) * plan.entries + entry];
-    sum = warp_sum(sum);
-    if (lane != 0) continue;
     int64_t offset[kOperands];
     batch.offsets(owner * batch.shared, offset);
-    owners[offset[owner_operand] + entry] = sum;
+    const T* partial = partial_sums + owner * plan.units_per_owner * plan.entries + entry;
+    T sum = T(0);
+#pragma unroll 2  // four at once would spill registers
+    for (int64_t unit = lane; unit < plan.units_per_owner; unit += kWarpSize) sum += partial[unit * plan.entries];
+    sum = warp_sum(sum);
+    if (lane == 0) owners[offset[kOwner] + entry] = sum;
   }
 }
 
-template <class T, int kOperands>
-void add_partial_sums(const SharedSumPlan& plan, const Batch<kOperands>& batch, int owner_operand, T* owners,
-                      const T* partial_sums, Stream stream) {
-  if (plan.units_per_owner == 1) return;
+template <int kOwner, class T, int kOperands>
+void add_partial_sums(const SharedSumPlan& plan, const Batch<kOperands>& batch, T* owners, const T* partial_sums,
+                      Stream stream) {
+  if (plan.units_per_owner == 1 || plan.entries == 0) return;  // without views there is nothing to sum
   const int64_t sums = batch.count / batch.shared * plan.entries;
-  TRITOOL_LAUNCH(TRITOOL_KERNEL(add_partial_sums_kernel<T, kOperands>), grid_size(sums, kSharedSumBlock / kWarpSize),
-                 kSharedSumBlock, 0, stream, plan, batch, owner_operand, owners, partial_sums);
+  TRITOOL_LAUNCH(TRITOOL_KERNEL(add_partial_sums_kernel<T, kOwner, kOperands>),
+                 grid_size(sums, kSharedSumBlock / kWarpSize), kSharedSumBlock, 0, stream, plan, batch, owners,
+                 partial_sums);
 }
 
 }  // namespace tritool

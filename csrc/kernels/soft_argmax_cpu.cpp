@@ -84,20 +84,35 @@ void write_moments(const SoftmaxMomentsParams<In>& params, int64_t map, const St
   params.partition[2 * map + 1] = T(state.sum);
 }
 
+// Adds the sums of all lanes, which have the level and the origin of the total, and clears them.
+template <class P, bool kSecond>
+TRITOOL_HD void flush_lanes(MomentState<P, kSecond>& lanes, MomentState<double, kSecond>& total) {
+  constexpr int N = P::kLanes;
+  total.sum += double(sum_lanes(lanes.sum, N));
+  for (int a = 0; a < 3; ++a) total.first[a] += double(sum_lanes(lanes.first[a], N));
+  for (int k = 0; kSecond && k < 6; ++k) total.second[kSecond ? k : 0] += double(sum_lanes(lanes.second[kSecond ? k : 0], N));
+  lanes.clear();
+}
+
 template <class In, bool kSecond>
 void forward_row_map(const SoftmaxMomentsParams<In>& params, int64_t map) {
   using T = Accumulator<In>;
   using P = NativePack<T>;
   constexpr int N = P::kLanes;
+  constexpr int64_t kElementsPerFlush = 64 * N;  // short sums in the lanes keep float32 exact to a few roundings
   const int64_t width = params.size[2];
   int64_t offset[1];
   params.maps.offsets(map, offset);
 
-  MomentState<double, kSecond> state;
+  MomentState<double, kSecond> total;
+  MomentState<P, kSecond> state;  // of the rows since the last flush, lane by lane
   const double centre[3] = {0.5 * double(params.size[0] - 1), 0.5 * double(params.size[1] - 1),
                             0.5 * double(width - 1)};
-  state.reset(centre);
+  const P centre_lanes[3] = {P(T(centre[0])), P(T(centre[1])), P(T(centre[2]))};
+  total.reset(centre);
+  state.reset(centre_lanes);
   const P numbers = lane_numbers<P>();
+  int64_t pending = 0;
   for (int64_t i = 0; i < params.size[0]; ++i) {
     for (int64_t j = 0; j < params.size[1]; ++j) {
       const In* row = params.logits + offset[0] + i * params.stride[0] + j * params.stride[1];
@@ -106,32 +121,37 @@ void forward_row_map(const SoftmaxMomentsParams<In>& params, int64_t map) {
         const P logit = load_lanes<P>(row + k * params.stride[2], params.stride[2], lanes_left(width - k, N));
         largest = select(logit > largest, logit, largest);
       }
-      T top = largest.v[0];
-      for (int lane = 1; lane < N; ++lane) top = max_(largest.v[lane], top);
-      const T level = level_of(params.c, top);
-      if (double(level) > state.level) {
+      if (any(level_of(P(params.c), largest) > state.level)) {  // a few times a map
+        T top = largest.v[0];
+        for (int lane = 1; lane < N; ++lane) top = max_(largest.v[lane], top);
         double at[3] = {double(i), double(j), centre[2]};
         if constexpr (kSecond)
           for (int64_t k = 0; k < width; ++k)
             if (load(row + k * params.stride[2]) == top) at[2] = double(k);
-        state.raise(double(level), at);
+        const T level = level_of(params.c, top);
+        const P at_lanes[3] = {P(T(at[0])), P(T(at[1])), P(T(at[2]))};
+        total.raise(double(level), at);
+        state.raise(P(level), at_lanes);
       }
       P sum = P(T(0)), first = P(T(0)), second = P(T(0));
-      const P level_pack = P(T(state.level));
-      const P origin = P(T(state.origin[2]));
       for (int64_t k = 0; k < width; k += N) {
         const P logit = load_lanes<P>(row + k * params.stride[2], params.stride[2], lanes_left(width - k, N));
-        const P weight = softmax_weight(P(params.c), logit, level_pack);
-        const P d = (numbers + P(T(k))) - origin;
+        const P weight = softmax_weight(P(params.c), logit, state.level);
+        const P d = (numbers + P(T(k))) - state.origin[2];
         sum = sum + weight;
         first = first + weight * d;
         if constexpr (kSecond) second = second + weight * d * d;
       }
-      state.add_row(double(sum_lanes(sum, N)), double(sum_lanes(first, N)), double(sum_lanes(second, N)), double(i),
-                    double(j));
+      state.add_row(sum, first, second, P(T(i)), P(T(j)));
+      pending += width;
+      if (pending >= kElementsPerFlush) {
+        flush_lanes(state, total);
+        pending = 0;
+      }
     }
   }
-  write_moments(params, map, state, kSecond);
+  flush_lanes(state, total);
+  write_moments(params, map, total, kSecond);
 }
 
 // float lanes as double lanes and back.

@@ -164,8 +164,8 @@ int triangulate_backward(const TriangulateBackwardParams<T>& params, const Share
   }
   TRITOOL_LAUNCH(triangulate_backward_shared_kernel<T>, grid_size(plan.units, kSharedSumBlock / kWarpSize),
                  kSharedSumBlock, 0, stream, params, plan);
-  add_partial_sums(plan, params.batch, TriangulateBackwardParams<T>::kGradProjections, params.grad_projections,
-                   params.partial_sums, stream);
+  add_partial_sums<TriangulateBackwardParams<T>::kGradProjections>(plan, params.batch, params.grad_projections,
+                                                                   params.partial_sums, stream);
   return last_launch_error();
 }
 

@@ -76,8 +76,10 @@ TRITOOL_PACK TRITOOL_HD Pack<T, N> select(const PackMask<T, N>& mask, const Pack
   return Pack<T, N>::of(mask.v ? a.v : b.v);
 }
 TRITOOL_PACK TRITOOL_HD bool any(const PackMask<T, N>& mask) {
-  typename PackMask<T, N>::Integer bits = 0;
-  for (int lane = 0; lane < N; ++lane) bits |= mask.v[lane];
+  constexpr int kWords = sizeof(mask.v) / sizeof(uint64_t);
+  uint64_t words[kWords], bits = 0;
+  memcpy(words, &mask.v, sizeof words);
+  for (int word = 0; word < kWords; ++word) bits |= words[word];
   return bits != 0;
 }
 TRITOOL_PACK TRITOOL_HD bool all(const PackMask<T, N>& mask) { return !any(!mask); }
@@ -106,20 +108,16 @@ TRITOOL_PACK TRITOOL_HD Pack<T, N> inverse_power_of_two(const Pack<T, N>& x) {
   return result;
 }
 
-// a * b - c with one rounding, as in scalar.h.
+// a * b - c with one rounding, as in scalar.h. Spelled out: contraction alone would leave out a product used elsewhere.
 TRITOOL_PACK TRITOOL_HD Pack<T, N> multiply_subtract(const Pack<T, N>& a, const Pack<T, N>& b, const Pack<T, N>& c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  return Pack<T, N>::of(a.v * b.v - c.v);  // contracted: these files are compiled with -ffp-contract=fast
-#else
   Pack<T, N> result;
   for (int lane = 0; lane < N; ++lane) result.v[lane] = multiply_subtract(a.v[lane], b.v[lane], c.v[lane]);
   return result;
-#endif
 }
 
-// 2^x for x <= 0 (a softmax weight): 1.5 ulp in float32, 1 ulp in float64, exact at integers, 0 below 2^-125 (2^-1021),
-// NaN for NaN. x = n + f with n an integer and |f| <= 1/2; 2^f = 1 + f q(f), q a Chebyshev fit of (2^f - 1) / f whose
-// error is 8e-9 (float32) and 1.3e-17 (float64).
+// 2^x for x <= 0 (a softmax weight): 0.9 ulp with fused operations and 1.2 ulp without, exact at integers, 0 for
+// x < -125 (-1021 in float64), NaN for NaN. x = n + f with n an integer and |f| <= 1/2; 2^f = 1 + f q(f), q a Chebyshev
+// fit of (2^f - 1) / f whose error is 8e-9 (float32) and 1.3e-17 (float64).
 template <class T>
 struct Exp2Constants;
 template <>

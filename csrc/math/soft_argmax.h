@@ -42,11 +42,14 @@ struct MomentState {
 
   TRITOOL_HD void reset(const T (&centre)[3]) {
     level = T(0) - infinity<T>();
+    for (int a = 0; a < 3; ++a) origin[a] = centre[a];
+    clear();
+  }
+
+  // Forgets the sums, not what they are counted by.
+  TRITOOL_HD void clear() {
     sum = T(0);
-    for (int a = 0; a < 3; ++a) {
-      first[a] = T(0);
-      origin[a] = centre[a];
-    }
+    for (T& moment : first) moment = T(0);
     for (T& moment : second) moment = T(0);
   }
 

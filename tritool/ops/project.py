@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tritool.ops import _check, composite
-from tritool.ops._register import expand_batched, register
+from tritool.ops._register import Function, expand_batched, register
 
 __all__ = ["Project", "ProjectBackward", "project"]
 
@@ -56,7 +56,7 @@ def project(points: Tensor, projections: Tensor) -> Tensor:
     return pixels
 
 
-class Project(torch.autograd.Function):
+class Project(Function):
     """The op behind `project`.
 
     `Project.apply(points, projections)`: points `[batch, 3]` in the full batch, projections
@@ -85,7 +85,7 @@ class Project(torch.autograd.Function):
         return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
 
 
-class ProjectBackward(torch.autograd.Function):
+class ProjectBackward(Function):
     """The vector-Jacobian product of `Project`, itself differentiable, in plain PyTorch."""
 
     @staticmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tritool.grid import VoxelGrid
 from tritool.ops import _check, composite
-from tritool.ops._register import expand_batched, register
+from tritool.ops._register import Function, expand_batched, register
 
 __all__ = [
     "Moments",
@@ -175,7 +175,7 @@ def _to_world(moments: Moments, volumes: Tensor, grid: VoxelGrid) -> Moments:
     return Moments(world, covariance, log_partition)
 
 
-class SoftmaxMoments(torch.autograd.Function):
+class SoftmaxMoments(Function):
     """The op behind the functions of this module.
 
     `SoftmaxMoments.apply(logits, dims, inverse_temperature, with_covariance)`: logits `[batch, (X,)
@@ -217,7 +217,7 @@ class SoftmaxMoments(torch.autograd.Function):
         return grad_logits, None, None, None
 
 
-class SoftmaxMomentsBackward(torch.autograd.Function):
+class SoftmaxMomentsBackward(Function):
     """The vector-Jacobian product of `SoftmaxMoments`, differentiable in plain PyTorch."""
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tritool.ops import _check, composite
-from tritool.ops._register import expand_batched, register
+from tritool.ops._register import Function, expand_batched, register
 
 __all__ = ["Triangulate", "TriangulateBackward", "triangulate"]
 
@@ -116,7 +116,7 @@ def _reweighted(
     return torch.where(valid, refined, previous)
 
 
-class Triangulate(torch.autograd.Function):
+class Triangulate(Function):
     """The op behind `triangulate`.
 
     `Triangulate.apply(points, projections, weights, homogeneous)`: points `[batch, C, 2]` and
@@ -155,7 +155,7 @@ class Triangulate(torch.autograd.Function):
         return *(g if want else None for g, want in zip(grads, wanted, strict=False)), None
 
 
-class TriangulateBackward(torch.autograd.Function):
+class TriangulateBackward(Function):
     """The vector-Jacobian product of `Triangulate`, differentiable in plain PyTorch."""
 
     @staticmethod

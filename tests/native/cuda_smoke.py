@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operation forward and backward on the GPU, on awkward sizes: food for compute-sanitizer.
+
+Results and gradients are compared with the CPU, so that a kernel that did nothing would not pass
+either. Not a pytest file: under a sanitizer it should start nothing but torch. Exit status 0
+passed, 1 failed, 77 no GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from tritool import VoxelGrid, ops
+
+NO_GPU = 77
+Call = Callable[..., tuple[Tensor, ...]]
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, Call, list[Tensor]]]:
+    """A name, a function of tensors, and its differentiable arguments on the CPU."""
+    random = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+
+    for shape in ((1, 1, 1), (3, 5, 7), (2, 33, 31), (1, 129, 257), (65, 4, 3), (0, 4, 4)):
+        yield (
+            f"soft_argmax2d {shape}",
+            lambda x: (ops.soft_argmax2d(x, inverse_temperature=3.0),),
+            [normal(*shape)],
+        )
+        yield f"softmax_moments2d {shape}", ops.softmax_moments2d, [normal(*shape)]
+    channels_last = normal(2, 13, 11, 17).permute(0, 3, 1, 2)
+    yield "soft_argmax2d channels last", lambda x: (ops.soft_argmax2d(x),), [channels_last]
+    masked = normal(3, 9, 10)
+    masked[0, :, 3:] = -torch.inf
+    masked[1] = -torch.inf
+    masked[2, 4, 4] = torch.nan
+    yield "soft_argmax2d masked", lambda x: (ops.soft_argmax2d(x),), [masked]
+
+    for shape in ((2, 1, 1, 1, 1), (1, 3, 5, 6, 7), (2, 2, 17, 9, 33)):
+        size = (shape[-3], shape[-2], shape[-1])
+        yield f"soft_argmax3d {shape}", lambda x: (ops.soft_argmax3d(x),), [normal(*shape)]
+        yield f"softmax_moments3d {shape}", ops.softmax_moments3d, [normal(*shape)]
+
+        def in_a_box(
+            volumes: Tensor, center: Tensor, size: tuple[int, int, int] = size
+        ) -> tuple[Tensor, ...]:
+            grid = VoxelGrid.cube(center, 2000.0, size)
+            return (ops.soft_argmax3d(volumes, grid=grid),)
+
+        yield (
+            f"soft_argmax3d in a box {shape}",
+            in_a_box,
+            [normal(*shape), 100 * normal(shape[0], 3)],
+        )
+
+    for count, views in ((1, 2), (31, 3), (33, 4), (257, 5), (3, 31), (0, 4)):
+        projections, points_3d = scene(count, views, random)
+        points = ops.project(points_3d, projections) + normal(count, views, 2).double()
+        weights = normal(count, views).abs().double() + 0.1
+        if count > 4 and views > 2:
+            points[1, 0] = torch.nan
+            weights[2, 1] = 0.0
+            weights[3] = 0.0
+        arguments = [tensor.to(dtype) for tensor in (points, projections, weights)]
+        name = f"N={count} C={views}"
+        for mode in ("homogeneous", "inhomogeneous"):
+            yield (
+                f"triangulate {mode} {name}",
+                lambda *x, mode=mode: (ops.triangulate(*x, mode=mode),),
+                arguments,
+            )
+        yield f"triangulate unweighted {name}", lambda *x: (ops.triangulate(*x),), arguments[:2]
+        yield (
+            f"triangulate reweighted {name}",
+            lambda *x: (ops.triangulate(*x, reweight=1),),
+            arguments,
+        )
+        own_cameras = arguments[1].expand(count, views, 3, 4).clone()
+        yield (
+            f"triangulate own cameras {name}",
+            lambda *x: (ops.triangulate(*x),),
+            [arguments[0], own_cameras, arguments[2]],
+        )
+        yield (
+            f"project {name}",
+            lambda *x: (ops.project(*x),),
+            [points_3d.to(dtype), arguments[1]],
+        )
+
+
+def scene(count: int, views: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Cameras in a half circle of radius 10 that look at points of size 1, in float64."""
+    angle = torch.linspace(0, 3, views, dtype=torch.float64)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    rotation = torch.stack(
+        [
+            torch.stack(row, -1)
+            for row in ((cos, zero, -sin), (zero, zero + 1, zero), (sin, zero, cos))
+        ],
+        -2,
+    )
+    translation = torch.tensor([0.0, 0.0, 10.0], dtype=torch.float64).expand(views, 3)
+    intrinsics = torch.tensor([[900.0, 0, 500], [0, 880, 400], [0, 0, 1]], dtype=torch.float64)
+    projections = intrinsics @ torch.cat([rotation, translation[..., None]], -1)
+    return projections, torch.randn((count, 3), generator=random, dtype=torch.float64)
+
+
+def run(call: Call, arguments: list[Tensor], device: str) -> list[Tensor]:
+    """Results and gradients, on the CPU."""
+    inputs = [argument.detach().to(device).requires_grad_() for argument in arguments]
+    outputs = call(*inputs)
+    random = torch.Generator().manual_seed(11)
+    grads = [
+        torch.randn(output.shape, generator=random, dtype=torch.float64).to(output)
+        for output in outputs
+    ]
+    results = [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
+    return [result.detach().cpu() for result in results]
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("cuda_smoke.py: no CUDA GPU here; nothing was run")
+        return NO_GPU
+    ran = failures = 0
+    for dtype in (torch.float32, torch.float64):
+        # Against the CPU kernels in the same precision: rounding apart, multiplied by the
+        # conditioning of the case.
+        tolerance = 2e-3 if dtype == torch.float32 else 1e-8
+        for name, call, arguments in cases(dtype):
+            ran += 1
+            for got, expected in zip(
+                run(call, arguments, "cuda"), run(call, arguments, "cpu"), strict=True
+            ):
+                scale = (
+                    expected[expected.isfinite()].abs().max() if expected.isfinite().any() else 1.0
+                )
+                close = torch.isclose(
+                    got, expected, rtol=0, atol=float(tolerance * scale), equal_nan=True
+                )
+                if not close.all():
+                    failures += 1
+                    print(f"cuda_smoke.py: {name} {dtype}: CUDA differs from the CPU")
+                    break
+    torch.cuda.synchronize()
+    print(f"cuda_smoke.py: {ran} cases on {torch.cuda.get_device_name(0)}, {failures} failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

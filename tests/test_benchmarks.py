@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark programs: what they write, how they judge, and every committed result."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+bench = import_module("bench")
+compare = import_module("compare")
+gpu_test = import_module("gpu_test")
+report = import_module("report")
+rivals = import_module("rivals")
+run = import_module("run")
+suites = import_module("suites")
+
+Json = dict[str, Any]
+COMMITTED = sorted((BENCHMARKS / "results").glob("*/*.json"))
+
+
+# ---- made-up results ----
+
+
+def times(median: float, ratio: float = 1.0) -> Json:
+    return {
+        "median_ms": median,
+        "q1_ms": median * 0.99,
+        "q3_ms": median * 1.01,
+        "best_ms": median * 0.98,
+        "rounds": 20,
+        "ratio": ratio,
+        "ratio_q1": ratio * 0.99,
+        "ratio_q3": ratio * 1.01,
+    }
+
+
+def errors(p999: float) -> Json:
+    return {"not_finite": 0, "median": p999 / 10, "p999": p999, "max": p999 * 2}
+
+
+def row(name: str, kind: str, ratio: float, p999: float = 1e-4, accurate: bool = True) -> Json:
+    return {
+        "name": name,
+        "kind": kind,
+        "note": "",
+        "error": errors(p999),
+        "gradient_error": {"points": errors(1e-5)},
+        "accurate": accurate,
+        "times": {mode: times(2.0 * ratio, ratio) for mode in bench.MODES},
+        "peak_memory_mib": {},
+    }
+
+
+def made_up() -> Json:
+    case = {
+        "op": "triangulate",
+        "size": "N=7 C=4",
+        "shape": {"N": 7, "C": 4},
+        "dtype": "float32",
+        "unit": "mm",
+        "tolerance": 1.0,
+        "headline": True,
+        "variants": [
+            row("tritool", "tritool", 1.0),
+            row("wrong but fast", "pytorch", 0.1, p999=5e3, accurate=False),
+            row("package", "package", 0.5),
+            row("slow", "pytorch", 30.0),
+            row("less slow", "pytorch", 12.0),
+        ],
+    }
+    slower_than_a_rival = copy.deepcopy(case) | {"size": "N=1 C=4", "shape": {"N": 1, "C": 4}}
+    slower_than_a_rival["variants"][4] = row("less slow", "pytorch", 0.4)
+    broken = copy.deepcopy(case) | {"size": "N=9 C=4", "variants": [], "failure": "status -11"}
+    return {
+        "schema": run.SCHEMA,
+        "suite": "ops",
+        "quick": False,
+        "machine": "example-cpu",
+        "device": "cpu",
+        "date": "2024-06-07T08:09:10Z",
+        "settings": {
+            "threads": 1,
+            "seconds_per_case_and_mode": 8.0,
+            "seed": 1,
+            "malloc": {},
+            "cold_l2": False,
+            "load_average": [0.1, 0.2],
+        },
+        "environment": {
+            "cpu": "Example CPU",
+            "cores": 2,
+            "cores_allowed": 1,
+            "memory_gib": 8,
+            "system": "Linux",
+            "python": "3.11",
+            "torch": "2.13",
+            "numpy": "2.0",
+            "rivals": {},
+            "tritool": {"tritool": "0.1.0", "paths": {"cpu": "native", "cuda": ""}},
+            "git": {"commit": "0" * 40, "dirty": False, "library_older_than_sources": False},
+        },
+        "cases": [case, slower_than_a_rival, broken],
+    }
+
+
+# ---- the schema ----
+
+
+def check_schema(result: Json) -> None:
+    assert set(result) == set(made_up())
+    assert result["schema"] == run.SCHEMA
+    assert result["device"] in ("cpu", "cuda")
+    assert set(result["settings"]) == set(made_up()["settings"])
+    assert set(result["environment"]) - {"gpu"} == set(made_up()["environment"])
+    assert ("gpu" in result["environment"]) == (result["device"] == "cuda")
+    assert result["cases"]
+    for case in result["cases"]:
+        assert set(case) - {"failure"} == set(made_up()["cases"][0])
+        assert case["unit"] in ("px", "mm")
+        if "failure" not in case:
+            check_case(case)
+
+
+def check_case(case: Json) -> None:
+    names = [row["name"] for row in case["variants"]]
+    assert names[0] == "tritool"
+    assert len(names) == len(set(names)) > 1
+    for row in case["variants"]:
+        assert row["kind"] in ("tritool", "pytorch", "compiled", "package")
+        if "failure" in row:
+            assert row["times"] == {}
+            continue
+        error = row["error"]
+        assert row["accurate"] == (error["not_finite"] == 0 and error["p999"] <= case["tolerance"])
+        assert "forward" in row["times"]
+        for measured in row["times"].values():
+            assert measured["rounds"] >= bench.MIN_ROUNDS
+            assert 0 < measured["best_ms"] <= measured["q1_ms"] <= measured["median_ms"]
+            assert measured["median_ms"] <= measured["q3_ms"]
+            assert 0 < measured["ratio_q1"] <= measured["ratio"] <= measured["ratio_q3"]
+    assert case["variants"][0]["accurate"], "tritool itself must be accurate"
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_results(path: Path) -> None:
+    result = json.loads(path.read_text())
+    check_schema(result)
+    assert not result["quick"]
+    assert path.stem == "--".join((result["suite"], result["machine"], result["device"]))
+    assert path.parent.name == result["environment"]["tritool"]["tritool"]
+    assert not any("failure" in case for case in result["cases"])
+    names = [f"{case['op']} {case['size']}" for case in result["cases"]]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.skipif(not COMMITTED, reason="no results are committed")
+def test_every_operation_has_a_committed_result() -> None:
+    results = report.load(BENCHMARKS / "results")
+    measured = next(r for r in results if (r["suite"], r["device"]) == ("ops", "cpu"))
+    assert {case["op"] for case in measured["cases"]} == {spec.op for spec in suites.specs()}
+
+
+def test_quick_run_end_to_end(tmp_path: Path) -> None:
+    output = tmp_path / "quick.json"
+    assert run.main(["--quick", "--only", "triangulate", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    check_schema(result)
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]  # nothing half-written
+    rows = {row["name"]: row for row in result["cases"][0]["variants"]}
+    assert not rows["eigh of A^T A, float32"]["accurate"]
+    assert rows["eigh of A^T A, float64"]["accurate"]
+    assert set(rows["tritool"]["times"]) == set(bench.MODES)
+    assert set(rows["tritool"]["peak_memory_mib"]) == set(bench.MODES)
+    assert rows["tritool"]["gradient_error"]["weights"]["median"] < 1e-3
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        report.with_block(f"{report.BEGIN}{report.END}", report.readme_block([result]))
+    )
+    assert "`triangulate` | N=51 C=4" in readme.read_text()
+
+
+def test_run_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="no case contains 'nothing'"):
+        run.main(["--quick", "--only", "nothing"])
+    if not torch.cuda.is_available():
+        assert run.main(["--quick", "--device", "cuda"]) == 1
+        assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+# ---- cases and rivals ----
+
+
+@pytest.mark.parametrize("spec", suites.specs(quick=True), ids=lambda spec: spec.op)
+def test_variants_agree_with_float64(spec: Any) -> None:
+    case = spec.build("cpu")
+    exact = bench.Exact(case)
+    for variant in case.variants:
+        measured = bench.accuracy(case, variant, exact)
+        accurate = measured["error"]["p999"] <= spec.tolerance
+        assert accurate == (variant.name != "eigh of A^T A, float32"), variant.name
+        if variant.kind == "tritool":  # a rival's gradient may be poor; that is for the report
+            for error in measured["gradient_error"].values():
+                assert error["p999"] < 1e-3
+
+
+def test_two_view_rivals_are_compared_without_weights() -> None:
+    case = suites._triangulate_case(40, 2, "cpu")
+    exact = bench.Exact(case)
+    unweighted = [variant for variant in case.variants if "weights" not in variant.uses]
+    assert {variant.kind for variant in unweighted} >= {"tritool"}
+    for variant in unweighted:
+        assert bench.accuracy(case, variant, exact)["error"]["median"] < 0.1, variant.name
+        assert "no weights" in variant.note
+    uses = ("points", "projections")
+    assert np.abs(exact.result(uses) - exact.result((*uses, "weights"))).max() > 0.1
+
+
+def test_an_inaccurate_result_is_noticed() -> None:
+    spec = next(spec for spec in suites.specs(quick=True) if spec.op == "project")
+    case = spec.build("cpu")
+    shifted = suites.Variant(
+        "shifted", "pytorch", lambda **x: rivals.project_einsum(**x) + 1, ("points", "projections")
+    )
+    error = bench.accuracy(case, shifted, bench.Exact(case))["error"]
+    assert error["median"] == pytest.approx(2**0.5, rel=1e-3)
+
+
+def test_errors_that_are_not_finite_are_counted() -> None:
+    spread = bench.spread_of_errors(np.array([1.0, np.nan, 3.0, np.inf]))
+    assert spread == {"not_finite": 2, "median": 2.0, "p999": 2.998, "max": 3.0}
+    assert bench.spread_of_errors(np.array([np.nan]))["median"] is None
+
+
+def test_times_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    measured = bench.time_calls(calls, "a", "cpu", seconds=0.01)
+    assert measured["a"]["ratio"] == 1.0
+    runs = [name for before, name in zip(["", *order], order, strict=False) if name != before]
+    assert "".join(runs) == "abc" * (len(runs) // 3)
+    assert len(runs) >= 3 * bench.MIN_ROUNDS
+
+
+def test_peak_memory_counts_what_is_freed() -> None:
+    """In a fresh process whose malloc gives pages back: 32 MiB that live only during the call."""
+    if not bench.can_reset_peak():
+        pytest.skip("this system does not let a process reset the peak of its memory")
+    program = (
+        "import bench, torch\nprint(bench.peak_memory(lambda: torch.ones(8 << 20).sum(), 'cpu'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=BENCHMARKS,
+        env={**os.environ, **bench.RETURNED_PAGES},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 31 < float(done.stdout) < 36
+
+
+def test_machine_slug_names_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model, slug in {
+        "AMD EPYC 9354 32-Core Processor": "amd-epyc-9354",
+        "Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz": "intel-xeon-e5-2680-v4",
+    }.items():
+        monkeypatch.setattr(bench, "cpu_model", lambda model=model: model)
+        assert bench.machine_slug("cpu") == slug
+
+
+# ---- compare ----
+
+
+def test_compare_says_what_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = made_up(), made_up()
+    rows = after["cases"][0]["variants"]
+    rows[0]["times"]["forward"] = times(2.04)  # beyond the quartiles, but not by 5 %
+    rows[0]["times"]["forward_backward"] = times(3.0)
+    rows[3]["times"]["forward"] = times(40.0, 20.0)
+    noisy = times(30.0, 12.0) | {"q1_ms": 20.0}  # by more than 5 %, but within the quartiles
+    rows[4]["times"]["forward"] = noisy
+    found = {(m.variant, m.mode): m.factor for m in compare.moves(before, after)}
+    assert found == {
+        ("tritool", "forward_backward"): pytest.approx(1.5),
+        ("slow", "forward"): pytest.approx(40 / 60),
+    }
+    assert [m.variant for m in compare.moves(before, after, relative=True)] == ["slow"]
+    assert list(compare.moves(before, before)) == []
+
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, result in zip(paths, (before, after), strict=True):
+        path.write_text(json.dumps(result))
+    names = [str(path) for path in paths]
+    assert compare.main(names) == 0
+    assert compare.main([*names, "--fail"]) == 1
+    assert compare.main([*names[::-1], "--fail"]) == 0
+    assert "slower    1.50x" in capsys.readouterr().out
+
+
+# ---- report ----
+
+
+def test_report_prints_losses_and_leaves_out_the_inaccurate() -> None:
+    block = report.readme_block([made_up()])
+    assert "wrong but fast" not in block
+    assert "package" not in block
+    assert (
+        "| `triangulate` | N=7 C=4 | forward | less slow | 2 | 24 | 12x | 1.0e-04 / 1.0e-04 mm |"
+        in block
+    )
+    assert "| less slow | 2 | 0.8 | 0.4x |" in block
+    assert "N=9" not in block  # a case that failed has no figures
+    assert "Example CPU, 1 thread; 2024-06-07; tritool 0.1.0, commit 0000000000" in block
+    assert "CUDA kernels have not been timed" in block
+    page = report.docs_page([made_up()], "x.png")
+    assert "wrong but fast (*not accurate*)" in page
+    assert "Not measured: status -11." in page
+
+
+def test_report_is_idempotent_and_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, readme, docs = tmp_path / "results", tmp_path / "README.md", tmp_path / "docs"
+    for version, date in {"0.9.0": "1999-01-01", "0.10.0": "2024-06-07"}.items():
+        (results / version).mkdir(parents=True)
+        (results / version / "ops--example-cpu--cpu.json").write_text(
+            json.dumps(made_up() | {"date": f"{date}T00:00:00Z"})
+        )
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    options = ["--results", str(results), "--readme", str(readme), "--docs", str(docs)]
+    assert report.main([*options, "--check"]) == 1
+    assert "is not what the results say" in capsys.readouterr().err
+    assert "old" in readme.read_text()
+
+    assert report.main(options) == 0
+    texts = [readme.read_text(), (docs / "benchmarks.md").read_text()]
+    assert "2024-06-07" in texts[0]  # of the highest version, not of the last by name
+    assert texts[0].startswith(f"before\n{report.BEGIN}\n")
+    assert texts[0].endswith(f"{report.END}\nafter\n")
+    assert (docs / "images" / "benchmark.png").stat().st_size > 1000
+    assert report.main([*options, "--check"]) == 0
+    assert report.main(options) == 0
+    assert texts == [readme.read_text(), (docs / "benchmarks.md").read_text()]
+
+    readme.write_text(texts[0].replace("12x", "13x"))
+    assert report.main([*options, "--check"]) == 1
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit, match="must hold"):
+        report.main(options)
+
+
+# ---- the GPU's program ----
+
+
+def test_gpu_test_without_a_gpu_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = tmp_path / "gpu.json"
+    assert gpu_test.main(["--output", str(output)]) == 1
+    assert "nothing was run" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_gpu_test_claims_only_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    junit = tmp_path / "report.xml"
+    junit.write_text(
+        "<testsuites><testsuite><testcase name='a'/><testcase name='b'><skipped/></testcase>"
+        "<testcase name='c'><failure/></testcase></testsuite></testsuites>"
+    )
+    assert gpu_test.junit_counts(junit) == {"passed": 1, "failed": 1, "skipped": 1}
+    skipped = {"passed": 0, "failed": 0, "skipped": 4}
+    monkeypatch.setattr(
+        gpu_test, "command", lambda *_: {"outcome": "passed", "status": 0, "detail": ""}
+    )
+    monkeypatch.setattr(gpu_test, "junit_counts", lambda _: skipped)
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    assert gpu_test.cuda_tests()["outcome"] == "failed"
+    monkeypatch.undo()
+
+    monkeypatch.setattr(gpu_test, "find_sanitizer", lambda: None)
+    assert gpu_test.sanitizer("memcheck")["outcome"] == "not run"
+
+
+def test_cuda_smoke_skips_without_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU; gpu_test.py runs the script under compute-sanitizer")
+    script = ROOT / "tests" / "native" / "cuda_smoke.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 77
+    assert "nothing was run" in done.stdout
