@@ -152,8 +152,7 @@ py::object triangulate_backward(const Backend& backend, const py::array& grad, c
     const Operand grad_points = new_array_if<T>(want_points, batch, {views, 2});
     const Operand grad_projections = new_array_if<T>(want_projections, p.size);
     const Operand grad_weights = new_array_if<T>(want_weights && weights.has_value(), batch, {views});
-    testing::triangulate_backward<T>(backend, g, x, p, w, homogeneous, batch,
-                                     operand<T>(grad_points, "grad_points"),
+    testing::triangulate_backward<T>(backend, g, x, p, w, homogeneous, batch, operand<T>(grad_points, "grad_points"),
                                      operand<T>(grad_projections, "grad_projections"),
                                      operand<T>(grad_weights, "grad_weights"));
     return py::make_tuple(grad_points, grad_projections, grad_weights);

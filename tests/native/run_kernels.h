@@ -61,7 +61,9 @@ inline void check_trailing(const Array& array, const char* name, std::initialize
                                 text_of(array.size));
 }
 
-inline Sizes batch_of(const Array& array, int trailing_dims) { return Sizes(array.size.begin(), array.size.end() - trailing_dims); }
+inline Sizes batch_of(const Array& array, int trailing_dims) {
+  return Sizes(array.size.begin(), array.size.end() - trailing_dims);
+}
 
 // NumPy's rule: aligned at the end, size 1 stands for any size.
 inline Sizes broadcast(const Sizes& a, const Sizes& b) {
@@ -80,8 +82,7 @@ inline Sizes batch_strides(const Array& array, int trailing_dims, const Sizes& b
   Sizes strides(batch.size(), 0);
   const Sizes own = array.data == nullptr ? Sizes() : batch_of(array, trailing_dims);
   for (size_t from_end = 1; from_end <= own.size(); ++from_end)
-    if (own[own.size() - from_end] != 1)
-      strides[strides.size() - from_end] = array.stride[own.size() - from_end];
+    if (own[own.size() - from_end] != 1) strides[strides.size() - from_end] = array.stride[own.size() - from_end];
   return strides;
 }
 
@@ -198,7 +199,13 @@ void triangulate_backward(const Backend& backend, const Array& grad, const Array
   set_views(params, points, projections, weights);
   const bool summed = grad_projections.data != nullptr;
   set_batch(params.batch, batch,
-            {{grad, 1}, {points, 2}, {projections, 3}, {weights, 1}, {grad_points, 2}, {grad_projections, 3}, {grad_weights, 1}},
+            {{grad, 1},
+             {points, 2},
+             {projections, 3},
+             {weights, 1},
+             {grad_points, 2},
+             {grad_projections, 3},
+             {grad_weights, 1}},
             summed ? int(Params::kGradProjections) : -1);
   if (params.batch.count == 0) return summed ? set_zero<T>(grad_projections) : void();
   const SharedSumPlan plan = plan_of(backend, params, summed, 12 * int64_t(params.views));
@@ -326,8 +333,8 @@ void softmax_moments_backward(const Backend& backend, const Moments& grad, const
   set_axes(logits, dims, params.size, params.stride[Params::kLogits]);
   set_axes(grad_logits, dims, params.size, params.stride[Params::kGradLogits]);
   set_batch(params.maps, batch_of(logits, dims), {{logits, dims}, {grad_logits, dims}});
-  params.maps_adjacent = are_maps_adjacent(
-      params.maps, {params.stride[Params::kLogits][2], params.stride[Params::kGradLogits][2]});
+  params.maps_adjacent =
+      are_maps_adjacent(params.maps, {params.stride[Params::kLogits][2], params.stride[Params::kGradLogits][2]});
   if (backend.emulated_cuda) return check_launch(cuda::softmax_moments_backward(params, nullptr));
   const auto& kernels = TRITOOL_KERNELS_OF(backend.isa, softmax_moments_kernels, In);
   in_threads(backend.threads, kernels.backward_work(params),

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs every kernel on small and awkward sizes, on the CPU and in the emulated CUDA device, and compares the two. Built
+// plain and under each sanitizer; every array lies in memory of just its size, so that AddressSanitizer sees a step
+// over its end. What the results should be is proved by tests/test_kernels_*.py.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "math/half.h"
+#include "run_kernels.h"
+
+namespace {
+
+using namespace tritool;
+using testing::Array;
+using testing::Backend;
+using testing::Sizes;
+
+std::mt19937_64 generator(3);
+double normal() { return std::normal_distribution<double>()(generator); }
+double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(generator); }
+
+// ---- Arrays ----
+
+// An array that owns its memory; `order` lists its dimensions from the outermost in memory to the innermost.
+template <class T>
+struct Owned {
+  std::vector<T> memory;
+  Array array;
+
+  Owned() = default;
+  Owned(Sizes size, std::vector<int> order = {}, int64_t step = 1, int64_t start = 0) {
+    if (order.empty())
+      for (size_t d = 0; d < size.size(); ++d) order.push_back(static_cast<int>(d));
+    array.size = size;
+    array.stride.assign(size.size(), 0);
+    int64_t extent = 1, count = 1;
+    for (size_t n = order.size(); n-- > 0;) {
+      const auto d = static_cast<size_t>(order[n]);
+      array.stride[d] = count * step;
+      extent += (size[d] - 1) * array.stride[d];
+      count *= size[d];
+    }
+    memory.assign(static_cast<size_t>(count == 0 ? 1 : extent + start), T{});
+    array.data = memory.data() + (count == 0 ? 0 : start);
+  }
+  Owned(Owned&&) = default;
+  Owned& operator=(Owned&&) = default;
+
+  int64_t count() const {
+    int64_t total = 1;
+    for (const int64_t size : array.size) total *= size;
+    return total;
+  }
+  // The element of row-major number `index`.
+  T& operator[](int64_t index) const {
+    int64_t offset = 0;
+    for (size_t d = array.size.size(); d-- > 0; index /= array.size[d])
+      offset += index % array.size[d] * array.stride[d];
+    return array.as<T>()[offset];
+  }
+  template <class Function>
+  Owned&& filled(Function&& value) && {
+    for (int64_t index = 0; index < count(); ++index) store(&(*this)[index], Accumulator<T>(value(index)));
+    return std::move(*this);
+  }
+};
+
+template <class T>
+Owned<T> poisoned(const Sizes& size, const std::vector<int>& order = {}, int64_t step = 1) {
+  return Owned<T>(size, order, step).filled([](int64_t) { return 1e4; });
+}
+
+// NaN in the same places, and apart by no more than `bound` of the largest number.
+template <class T>
+bool close(const Owned<T>& a, const Owned<T>& b, double bound) {
+  double scale = 0, apart = 0;
+  for (int64_t index = 0; index < a.count(); ++index) {
+    const double x = load(&a[index]), y = load(&b[index]);
+    if (std::isnan(x) != std::isnan(y)) return false;
+    if (std::isnan(x) || x == y) {
+      scale = std::isfinite(x) ? std::max(scale, std::abs(x)) : scale;
+      continue;
+    }
+    scale = std::max(scale, std::abs(x));
+    apart = std::max(apart, std::abs(x - y));
+  }
+  if (!(apart <= bound * scale)) std::printf("apart by %g of %g\n", apart, scale);
+  return apart <= bound * scale;
+}
+
+template <class T>
+constexpr double kRounding = std::numeric_limits<T>::epsilon();
+
+// The CPU's instruction sets and ways of cutting the work; the first is what the others are compared with.
+std::vector<Backend> backends(int64_t items_per_unit) {
+  std::vector<Backend> result{{false, Isa::kBaseline, 1, items_per_unit}, {false, Isa::kBaseline, 3, items_per_unit}};
+#if defined(TRITOOL_X86_VARIANTS)
+  if (isa() >= Isa::kAvx2) result.push_back({false, Isa::kAvx2, 2, items_per_unit});
+  if (isa() >= Isa::kAvx512) result.push_back({false, Isa::kAvx512, 2, items_per_unit});
+#endif
+  result.push_back({true, Isa::kBaseline, 1, items_per_unit});
+  return result;
+}
+
+// ---- Cameras ----
+
+Sizes with(Sizes batch, std::initializer_list<int64_t> trailing) {
+  batch.insert(batch.end(), trailing);
+  return batch;
+}
+
+// Cameras on a circle of 5 m, a little different in every matrix.
+template <class T>
+void fill_matrices(const Owned<T>& projections, int64_t views) {
+  for (int64_t matrix = 0; matrix < projections.count() / 12; ++matrix) {
+    const double angle = 0.9 * double(matrix % views) + 0.01 * normal(), c = std::cos(angle), s = std::sin(angle);
+    const double camera[3][4] = {{c, 0, s, 0}, {0, 1, 0, 0}, {-s, 0, c, 5000}};
+    for (int64_t j = 0; j < 4; ++j) {
+      projections[matrix * 12 + j] = T(1000 * camera[0][j] + 500 * camera[2][j]);
+      projections[matrix * 12 + 4 + j] = T(1000 * camera[1][j] + 400 * camera[2][j]);
+      projections[matrix * 12 + 8 + j] = T(camera[2][j]);
+    }
+  }
+}
+
+struct GeometryCase {
+  Sizes batch;      // of the points
+  Sizes own_batch;  // of the projections
+  int64_t views;
+  int64_t items_per_unit;
+};
+
+// One thread or warp, several, partial warps; projections of one's own, shared by some, shared by all; sums in parts.
+const std::vector<GeometryCase> kGeometryCases{
+    {{}, {}, 2, 0},
+    {{1}, {1}, 4, 0},
+    {{33}, {33}, 3, 0},
+    {{33}, {1}, 3, 0},
+    {{70}, {1}, 2, 32},
+    {{70}, {1}, 4, 13},
+    {{3, 37}, {3, 1}, 3, 0},
+    {{3, 37}, {3, 1}, 3, 16},
+    {{3, 37}, {1, 37}, 2, 2},
+    {{2, 3, 5}, {2, 1, 5}, 3, 0},
+    {{2, 3, 5}, {1, 3, 1}, 2, 4},
+    {{300}, {1}, 2, 0},
+    {{0}, {1}, 3, 0},
+    {{5, 0}, {5, 1}, 2, 0},
+    {{300}, {1}, 0, 0},
+    {{40}, {1}, 1, 7},
+};
+
+template <class T>
+void test_triangulate(const GeometryCase& shape, bool strided, bool weighted, bool homogeneous) {
+  const int64_t views = shape.views;
+  const std::vector<int> reversed_order = [&] {
+    std::vector<int> order;
+    for (int d = static_cast<int>(shape.batch.size()) + 1; d >= 0; --d) order.push_back(d);
+    return order;
+  }();
+  Owned<T> projections(with(shape.own_batch, {views, 3, 4}), {}, strided ? 2 : 1);
+  fill_matrices(projections, std::max(views, int64_t(1)));
+  auto points = Owned<T>(with(shape.batch, {views, 2}), strided ? reversed_order : std::vector<int>{}, strided ? 3 : 1)
+                    .filled([&](int64_t index) { return (index % 2 == 0 ? 500 : 400) + 50 * normal(); });
+  auto weights = Owned<T>(with(shape.batch, {views}), {}, strided ? 2 : 1).filled([&](int64_t index) {
+    const int64_t kind = index % 23;  // some absent views, some that spoil their point
+    return kind == 5 ? 0.0 : kind == 17 ? NAN : kind == 20 ? -1.0 : uniform(0.1, 1);
+  });
+  for (int64_t index = 7; index < points.count(); index += 29) points[index] = T(index % 2 == 0 ? NAN : HUGE_VAL);
+  auto grad = Owned<T>(with(shape.batch, {3})).filled([&](int64_t) { return normal(); });
+  if (!weighted) weights.array.data = nullptr;
+
+  Owned<T> first, first_points, first_projections, first_weights;
+  for (const Backend& backend : backends(shape.items_per_unit)) {
+    auto result = poisoned<T>(with(shape.batch, {3}));
+    testing::triangulate<T>(backend, points.array, projections.array, weights.array, homogeneous, result.array);
+    auto to_points = poisoned<T>(with(shape.batch, {views, 2}));
+    auto to_projections = poisoned<T>(with(shape.own_batch, {views, 3, 4}));
+    auto to_weights = poisoned<T>(with(shape.batch, {views}));
+    const Array absent;
+    const auto backward = [&](const Array& a, const Array& b, const Array& c) {
+      testing::triangulate_backward<T>(backend, grad.array, points.array, projections.array, weights.array, homogeneous,
+                                       shape.batch, a, b, weighted ? c : absent);
+    };
+    backward(to_points.array, to_projections.array, to_weights.array);
+    auto alone = poisoned<T>(with(shape.batch, {views, 2}));
+    backward(alone.array, absent, absent);
+    CHECK(close(to_points, alone, 8 * kRounding<T>));
+    if (first.memory.empty()) {
+      first = std::move(result);
+      first_points = std::move(to_points);
+      first_projections = std::move(to_projections);
+      first_weights = std::move(to_weights);
+      continue;
+    }
+    // Random pixels leave large residuals: that costs some digits of the gradients.
+    CHECK(close(first, result, 1e4 * kRounding<T>));
+    CHECK(close(first_points, to_points, 1e5 * kRounding<T>));
+    CHECK(close(first_projections, to_projections, 1e5 * kRounding<T>));
+    if (weighted) CHECK(close(first_weights, to_weights, 1e5 * kRounding<T>));
+  }
+}
+
+template <class T>
+void test_project(const GeometryCase& shape, bool strided) {
+  const int64_t views = shape.views;
+  Owned<T> projections(with(shape.own_batch, {views, 3, 4}), {}, strided ? 2 : 1);
+  fill_matrices(projections, std::max(views, int64_t(1)));
+  auto points = Owned<T>(with(shape.batch, {3}), {}, strided ? 2 : 1).filled([&](int64_t index) {
+    const int64_t kind = index % 31;  // some behind a camera, some nowhere
+    return kind == 11 ? NAN : kind == 23 ? -8000.0 : 500 * normal();
+  });
+  auto grad = Owned<T>(with(shape.batch, {views, 2}), {}, strided ? 2 : 1).filled([&](int64_t) { return normal(); });
+  Owned<T> first, first_points, first_projections;
+  for (const Backend& backend : backends(shape.items_per_unit)) {
+    auto pixels = poisoned<T>(with(shape.batch, {views, 2}));
+    testing::project<T>(backend, points.array, projections.array, pixels.array);
+    auto to_points = poisoned<T>(with(shape.batch, {3}));
+    auto to_projections = poisoned<T>(with(shape.own_batch, {views, 3, 4}));
+    auto alone = poisoned<T>(with(shape.batch, {3}));
+    testing::project_backward<T>(backend, grad.array, points.array, projections.array, shape.batch, to_points.array,
+                                 to_projections.array);
+    testing::project_backward<T>(backend, grad.array, points.array, projections.array, shape.batch, alone.array, {});
+    CHECK(close(to_points, alone, 8 * kRounding<T>));
+    if (first.memory.empty()) {
+      first = std::move(pixels);
+      first_points = std::move(to_points);
+      first_projections = std::move(to_projections);
+      continue;
+    }
+    // Some points lie close to the plane of a camera.
+    CHECK(close(first, pixels, 1e4 * kRounding<T>));
+    CHECK(close(first_points, to_points, 1e4 * kRounding<T>));
+    CHECK(close(first_projections, to_projections, 1e4 * kRounding<T>));
+  }
+}
+
+// ---- Softmax moments ----
+
+struct MapCase {
+  const char* name;
+  int dims;
+  Sizes size;              // [batch..., map...]
+  std::vector<int> order;  // in memory, see Owned
+  int64_t step;
+  int64_t start;  // elements before the first: misaligned
+};
+
+// Sizes in multiples of 8 take 16-byte loads in every type; more than 8192 voxels a map and few maps are split.
+const std::vector<MapCase> kMapCases{
+    {"rows, vector loads", 2, {3, 5, 16}, {}, 1, 0},
+    {"rows, vector loads, volumes", 3, {2, 3, 2, 8}, {}, 1, 0},
+    {"rows, odd", 2, {2, 5, 7}, {}, 1, 0},
+    {"rows, misaligned", 2, {2, 3, 16}, {}, 1, 1},
+    {"rows in steps", 3, {2, 2, 3, 8}, {}, 2, 0},
+    {"transposed", 2, {3, 4, 8}, {0, 2, 1}, 1, 0},
+    {"rows, split", 2, {2, 65, 128}, {}, 1, 0},
+    {"rows, split, odd", 3, {1, 3, 53, 53}, {}, 1, 0},
+    {"adjacent maps, one group", 2, {5, 4, 3}, {1, 2, 0}, 1, 0},
+    {"adjacent maps, several groups", 2, {2, 37, 3, 4}, {0, 2, 3, 1}, 1, 0},
+    {"adjacent maps, volumes", 3, {33, 2, 3, 4}, {1, 2, 3, 0}, 1, 0},
+    {"adjacent maps, split", 2, {4, 91, 93}, {1, 2, 0}, 1, 0},
+    {"one voxel", 2, {3, 1, 1}, {}, 1, 0},
+    {"no voxel", 2, {3, 0, 4}, {}, 1, 0},
+    {"no map", 3, {0, 2, 3, 4}, {}, 1, 0},
+};
+
+template <class In>
+void test_moments(const MapCase& shape, bool second) {
+  using T = Accumulator<In>;
+  const Sizes batch(shape.size.begin(), shape.size.end() - shape.dims);
+  auto logits = Owned<In>(shape.size, shape.order, shape.step, shape.start).filled([&](int64_t index) {
+    return index % 13 == 4 ? -HUGE_VAL : 3 * normal();
+  });
+  // One map all masked, one with a NaN, one with +inf: the others are to take no notice.
+  int64_t maps = 1;
+  for (const int64_t size : batch) maps *= size;
+  const int64_t elements = maps == 0 ? 0 : logits.count() / maps;
+  if (maps > 2 && elements > 0) {
+    for (int64_t element = 0; element < elements; ++element) store(&logits[elements + element], T(-HUGE_VAL));
+    store(&logits[2 * elements], T(NAN));
+    if (maps > 4) store(&logits[5 * elements - 1], T(HUGE_VAL));
+  }
+  const double alpha = 1.7;
+  const auto grads = [&](Sizes size) { return Owned<T>(std::move(size)).filled([&](int64_t) { return normal(); }); };
+  const auto grad_mean = grads(with(batch, {shape.dims}));
+  const auto grad_covariance = grads(with(batch, {shape.dims, shape.dims}));
+  const auto grad_log_partition = grads(batch);
+
+  Owned<T> first, first_covariance, first_log_partition;
+  Owned<In> first_gradient;
+  for (const Backend& backend : backends(0)) {
+    auto mean = poisoned<T>(with(batch, {shape.dims})), covariance = poisoned<T>(with(batch, {shape.dims, shape.dims}));
+    auto log_partition = poisoned<T>(batch), partition = poisoned<T>(with(batch, {2}));
+    const testing::Moments moments{mean.array, second ? covariance.array : Array{}, log_partition.array,
+                                   partition.array};
+    testing::softmax_moments<In>(backend, logits.array, shape.dims, alpha, moments);
+    auto gradient = poisoned<In>(shape.size, shape.order, shape.step);
+    const testing::Moments grad{
+        grad_mean.array, second ? grad_covariance.array : Array{}, second ? grad_log_partition.array : Array{}, {}};
+    testing::softmax_moments_backward<In>(backend, grad, logits.array, moments, shape.dims, alpha, gradient.array);
+    if (first.memory.empty()) {
+      first = std::move(mean);
+      first_covariance = std::move(covariance);
+      first_log_partition = std::move(log_partition);
+      first_gradient = std::move(gradient);
+      continue;
+    }
+    CHECK(close(first, mean, 100 * kRounding<T>));
+    if (second) CHECK(close(first_covariance, covariance, 100 * kRounding<T>));
+    CHECK(close(first_log_partition, log_partition, 100 * kRounding<T>));
+    const double half = sizeof(In) > 2 ? 0 : std::is_same<In, BFloat16>::value ? 0x1p-8 : 0x1p-11;
+    CHECK(close(first_gradient, gradient, 200 * kRounding<T> + half));
+  }
+}
+
+template <class In>
+void test_all_maps() {
+  for (const MapCase& shape : kMapCases)
+    for (const bool second : {false, true}) {
+      const int before = testing::failed;
+      test_moments<In>(shape, second);
+      if (testing::failed != before) std::printf("  in: %s\n", shape.name);
+    }
+}
+
+template <class T>
+void test_all_geometry() {
+  for (size_t n = 0; n < kGeometryCases.size(); ++n) {
+    const int before = testing::failed;
+    for (const bool strided : {false, true}) {
+      test_triangulate<T>(kGeometryCases[n], strided, true, !strided);
+      test_triangulate<T>(kGeometryCases[n], strided, false, strided);
+      test_project<T>(kGeometryCases[n], strided);
+    }
+    if (testing::failed != before) std::printf("  in: geometry case %zu\n", n);
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_all_geometry<float>();
+  test_all_geometry<double>();
+  test_all_maps<float>();
+  test_all_maps<double>();
+  test_all_maps<Float16>();
+  test_all_maps<BFloat16>();
+  return testing::report();
+}

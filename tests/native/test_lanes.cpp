@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the compiler's flags may change: the SIMD functions of math/pack.h, and svd3.h in float, double and lanes.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <random>
+
+#include "check.h"
+#include "kernels/lanes.h"
+#include "math/svd3.h"
+#include "test_math.h"
+
+#define TRITOOL_NAME_OF(isa) TRITOOL_NAME_OF_EXPANDED(isa)
+#define TRITOOL_NAME_OF_EXPANDED(isa) #isa
+
+namespace tritool::cpu::TRITOOL_ISA {
+namespace {
+
+std::mt19937_64 generator(2);
+double normal() { return std::normal_distribution<double>()(generator); }
+double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(generator); }
+
+// ---- exp2 ----
+
+template <class T>
+T exp2_in_lanes(T x) {
+  NativePack<T> pack(T(-1));
+  pack.v[NativePack<T>::kLanes - 1] = x;
+  return exp2_(pack)[NativePack<T>::kLanes - 1];
+}
+
+// The error in units of the last place of the result, which is a normal number.
+template <class T>
+double ulps(T found, long double exact) {
+  const long double ulp = std::ldexp(1.0L, std::ilogb(exact) - std::numeric_limits<T>::digits + 1);
+  return static_cast<double>(std::fabs((found - exact) / ulp));
+}
+
+template <class T>
+void test_exp2(double bound) {
+  const T smallest = Exp2Constants<T>::kSmallest;
+  double largest_error = 0;
+  for (int trial = 0; trial < 1500000; ++trial) {
+    // Evenly over the range; near 0; near the half integers, where the polynomial ends.
+    T x = static_cast<T>(uniform(smallest, 0));
+    if (trial % 4 == 1) x = static_cast<T>(-std::exp2(uniform(-30, 0)));
+    if (trial % 4 == 2) x = static_cast<T>(std::floor(uniform(smallest, 0)) + 0.5 + 1e-3 * normal());
+    if (x < smallest || x > 0) continue;
+    largest_error = std::max(largest_error, ulps(exp2_in_lanes(x), exp2l(x)));
+  }
+  std::printf("%-9s exp2 of float%d: %.3f ulp\n", TRITOOL_NAME_OF(TRITOOL_ISA), int(8 * sizeof(T)), largest_error);
+  CHECK(largest_error <= bound);
+  for (T n = 0; n >= smallest; n -= 1) CHECK(exp2_in_lanes(n) == std::ldexp(T(1), static_cast<int>(n)));
+  for (const T x : {std::nextafter(smallest, T(-1e9)), T(-1e5), T(-1e30), T(-HUGE_VAL)}) CHECK(exp2_in_lanes(x) == 0);
+  CHECK(std::isnan(exp2_in_lanes(T(NAN))));
+  CHECK(exp2_in_lanes(-std::numeric_limits<T>::denorm_min()) == 1);
+}
+
+// ---- The rest of the vocabulary, lane by lane ----
+
+template <class T>
+void test_words() {
+  using P = NativePack<T>;
+  const T special[] = {0, -T(0), 1, -1, T(2.5), T(-3.5), T(1e-30), T(-1e30), T(HUGE_VAL), T(-HUGE_VAL), T(NAN)};
+  const auto same = [](T a, T b) {
+    return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
+  };
+  for (const T a : special) {
+    for (const T b : special) {
+      const P x(a), y(b);
+      for (int lane = 0; lane < P::kLanes; lane += P::kLanes - 1) {
+        CHECK(same((x + y)[lane], a + b) && same((x * y)[lane], a * b));
+        CHECK(same((x - y)[lane], a - b) && same((x / y)[lane], a / b));
+        CHECK(same(select(x < y, x, y)[lane], a < b ? a : b) && same(max_(x, y)[lane], max_(a, b)));
+        CHECK(same(select(x == y, x, y)[lane], a == b ? a : b) && same(select(x != y, x, y)[lane], a != b ? a : b));
+        CHECK(same(select(!(x <= y), x, y)[lane], !(a <= b) ? a : b));
+        CHECK(same(select((x >= y) & (y > x), x, y)[lane], b));
+      }
+      CHECK(all(x < y) == (a < b) && any(x < y) == (a < b));
+    }
+    CHECK(same(abs_(P(a))[0], std::fabs(a)) && same(ceil_(P(a))[0], std::ceil(a)));
+    CHECK(same(sqrt_(P(a))[0], std::sqrt(a)) && same(inverse_power_of_two(P(a))[0], inverse_power_of_two(a)));
+  }
+  P mixed(T(1));
+  mixed.v[P::kLanes - 1] = T(-1);
+  CHECK(any(mixed < P(T(0))) && !all(mixed < P(T(0))) && all(mixed != P(T(0))));
+  CHECK(sum_lanes(mixed, P::kLanes) == T(P::kLanes - 2) && sum_lanes(mixed, P::kLanes - 1) == T(P::kLanes - 1));
+}
+
+// a b - c with one rounding: a b is chosen close to c, so that a second rounding would be all of the result.
+template <class T>
+void test_multiply_subtract() {
+  for (int trial = 0; trial < 100000; ++trial) {
+    const T a = static_cast<T>(normal()), b = static_cast<T>(100 * normal());
+    const T c = static_cast<T>(a * b * T(1 + (trial % 3) * 1e-3 * normal()));
+    const T exact =
+        static_cast<T>(sizeof(T) == 4 ? double(a) * double(b) - double(c) : std::fma(double(a), double(b), -double(c)));
+    CHECK(multiply_subtract(a, b, c) == exact);
+    CHECK(multiply_subtract(NativePack<T>(a), NativePack<T>(b), NativePack<T>(c))[0] == exact);
+  }
+}
+
+// ---- Singular values ----
+
+// Graded columns, nearly singular, equal singular values, ranks below 3, exact zeros.
+template <class T>
+void random_matrix(int trial, T (&a)[3][3]) {
+  double dense[3][3];
+  for (auto& row : dense)
+    for (double& x : row) x = normal();
+  const int kind = trial % 8;
+  const double power = sizeof(T) == 4 ? 4 : 8;  // squares of graded columns must stay in range
+  double column[3] = {1, 1, 1};
+  if (kind == 1 || kind == 2)
+    for (double& c : column) c = std::pow(10.0, uniform(-power, power));
+  for (int i = 0; i < 3; ++i) {
+    if (kind == 2) dense[i][2] = dense[i][0] + dense[i][1] + std::pow(10.0, -uniform(2, 15)) * normal();
+    if (kind == 3) dense[i][1] = 2 * dense[i][0];                              // rank 2
+    if (kind == 4) dense[i][1] = -dense[i][0], dense[i][2] = 3 * dense[i][0];  // rank 1
+    if (kind == 5) dense[i][trial / 8 % 3] = 0;
+  }
+  if (kind == 6) {  // equal singular values, two or all three
+    const double angle = normal(), c = std::cos(angle), s = std::sin(angle), last = trial % 16 < 8 ? 1.0 : 1e-3;
+    const double rotation[3][3] = {{c, -s, 0}, {0, 0, last}, {s, c, 0}};
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 3; ++j) dense[i][j] = rotation[i][j];
+  }
+  if (kind == 7)  // upper triangular, as it comes out of the QR
+    for (int i = 1; i < 3; ++i)
+      for (int j = 0; j < i; ++j) dense[i][j] = 0;
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 3; ++j) a[i][j] = trial == 0 ? T(0) : static_cast<T>(dense[i][j] * column[j]);
+}
+
+// Not inlined: two copies may be contracted to fused operations differently.
+template <class T>
+__attribute__((noinline)) RightSvd3<T> svd_of(const T (&a)[3][3]) {
+  T work[3][3];
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 3; ++j) work[i][j] = a[i][j];
+  return right_svd3(work);
+}
+
+// The accuracy of one-sided Jacobi: V orthogonal, and V S^2 V^T = A^T A to rounding of each pair of columns. For graded
+// columns that is far more than rounding of the largest.
+template <class T>
+void test_svd3() {
+  constexpr double kEps = std::numeric_limits<T>::epsilon();
+  double orthogonality = 0, reconstruction = 0;
+  for (int trial = 0; trial < 100000; ++trial) {
+    T a[3][3], scaled[3][3];
+    random_matrix(trial, a);
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 3; ++j) scaled[i][j] = std::ldexp(a[i][j], 7);
+    const RightSvd3<T> svd = svd_of(a);
+    CHECK(svd.s_squared[2] <= svd.s_squared[0] && svd.s_squared[2] <= svd.s_squared[1] && svd.s_squared[2] >= 0);
+
+    double norm[3];
+    for (int j = 0; j < 3; ++j) norm[j] = std::hypot(std::hypot(double(a[0][j]), double(a[1][j])), double(a[2][j]));
+    for (int p = 0; p < 3; ++p)
+      for (int q = 0; q < 3; ++q) {
+        double rows = 0, rebuilt = 0, gram = 0;
+        for (int i = 0; i < 3; ++i) {
+          rows += double(svd.v[p][i]) * svd.v[q][i];
+          rebuilt += double(svd.v[p][i]) * svd.s_squared[i] * svd.v[q][i];
+          gram += double(a[i][p]) * a[i][q];
+        }
+        orthogonality = std::max(orthogonality, std::abs(rows - (p == q)) / kEps);
+        if (norm[p] * norm[q] > 0)
+          reconstruction = std::max(reconstruction, std::abs(rebuilt - gram) / (norm[p] * norm[q]) / kEps);
+        else
+          CHECK(rebuilt == 0);
+      }
+
+    // A power of two on the whole matrix changes no rounding, unless a fourth power underflows.
+    const RightSvd3<T> other = svd_of(scaled);
+    for (int i = 0; i < 3 && svd.s_squared[2] > T(1e3) * std::sqrt(std::numeric_limits<T>::min()); ++i) {
+      CHECK(other.s_squared[i] == std::ldexp(svd.s_squared[i], 14));
+      for (int k = 0; k < 3; ++k) CHECK(other.v[k][i] == svd.v[k][i]);
+    }
+
+    // Lanes do what a scalar does: to the bit, but for fused operations, which the compiler places as it likes.
+    if (trial % 10 != 0) continue;
+    using P = NativePack<T>;
+    P lanes[3][3];
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 3; ++j) {
+        lanes[i][j] = P(T(i == j));
+        lanes[i][j].v[1] = a[i][j];
+      }
+    const RightSvd3<P> packed = svd_of(lanes);
+    double largest = 0;
+    for (const T s : svd.s_squared) largest = std::max(largest, double(s));
+    CHECK(std::abs(double(packed.s_squared[2][1]) - double(svd.s_squared[2])) <= 50 * kEps * largest);
+    CHECK(packed.s_squared[0][0] == 1 && packed.v[0][0][0] == 1 && packed.v[0][1][0] == 0);  // the neighbour's
+  }
+  std::printf("%-9s svd3 of float%d: V^T V to %.1f eps, columns of A to %.1f eps\n", TRITOOL_NAME_OF(TRITOOL_ISA),
+              int(8 * sizeof(T)), orthogonality, reconstruction);
+  CHECK(orthogonality <= 20);
+  CHECK(reconstruction <= 60);
+}
+
+}  // namespace
+
+void test_lanes() {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  constexpr double kExp2Bound = 0.9;
+#else
+  constexpr double kExp2Bound = 1.2;
+#endif
+  test_exp2<float>(kExp2Bound);
+  test_exp2<double>(kExp2Bound);
+  test_words<float>();
+  test_words<double>();
+  test_multiply_subtract<float>();
+  test_multiply_subtract<double>();
+  test_svd3<float>();
+  test_svd3<double>();
+}
+
+}  // namespace tritool::cpu::TRITOOL_ISA
