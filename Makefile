@@ -75,7 +75,7 @@ bench: .venv/tritool
 gpu-test: .venv/tritool
 	$(BIN)/python benchmarks/gpu_test.py $(ARGS)
 
-lint: .venv/tools .venv/tritool
+lint: .venv/tools .venv/tritool native
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

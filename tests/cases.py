@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table of the ops: what test_contract.py derives its tests from. A new op adds its cases here."""
+"""One table of the ops, from which test_contract.py derives its tests; a new op adds its own."""
 
 from __future__ import annotations
 

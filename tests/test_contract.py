@@ -254,7 +254,7 @@ def test_activation_checkpoint(case: OpCase, device: str) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_stock_apply_gives_the_same(case: OpCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The short way of calling a Function stands on a private name of torch; without it, the same."""
+    """The short way to call a Function stands on a private name of torch; without it, the same."""
     args = arguments(case, "cpu")
     want = torch.autograd.grad(weighted_sum(case.function)(*args), args)
     monkeypatch.setattr(_register, "_transforms_active", lambda: True)
@@ -280,7 +280,7 @@ def test_same_bits_on_any_number_of_threads(case: OpCase) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_cuda_graph(case: OpCase) -> None:
-    """Forward and backward are captured, so nothing waits for the device, and replayed on new data."""
+    """Both passes are captured, so nothing waits for the device, and replayed on new data."""
     args = [x.detach().cuda().requires_grad_() for x in case.sample(BATCH)]
     scalar = weighted_sum(case.function)
     side = torch.cuda.Stream()

@@ -387,9 +387,9 @@ def cube(batch: int) -> VoxelGrid:
         (lambda: ops.soft_argmax3d(torch.zeros(7, 8)), ValueError,
          "volumes must be [..., X, Y, Z], got (7, 8)"),
         (lambda: ops.soft_argmax2d(torch.zeros(7, 8), inverse_temperature=0), ValueError,
-         "inverse_temperature must be a finite number above 0, got 0"),
+         "inverse_temperature must be a number from 1e-30 to 1e30, got 0"),
         (lambda: ops.soft_argmax2d(torch.zeros(7, 8), inverse_temperature=float("nan")), ValueError,
-         "inverse_temperature must be a finite number above 0, got nan"),
+         "inverse_temperature must be a number from 1e-30 to 1e30, got nan"),
         (lambda: ops.soft_argmax2d(X2, inverse_temperature=torch.ones(())), TypeError,  # type: ignore[arg-type]
          "inverse_temperature must be a number, got a tensor; "
          "to learn it, multiply the input by it"),

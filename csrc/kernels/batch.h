@@ -51,8 +51,7 @@ bool make_batch(const int64_t* size, int dims, const int64_t* const (&strides)[k
       if (size[d] == 1 || owned != (pass == 0)) continue;
       if (pass == 1) batch.shared *= size[d];
       bool merges = !first;
-      for (int o = 0; o < kOperands && merges; ++o)
-        merges = batch.stride[batch.dims - 1][o] == strides[o][d] * size[d];
+      for (int o = 0; o < kOperands && merges; ++o) merges = batch.stride[batch.dims - 1][o] == strides[o][d] * size[d];
       if (merges) {
         batch.size[batch.dims - 1] *= size[d];
       } else {

@@ -30,7 +30,7 @@ const char* isa_name();
 
 // TRITOOL_X86_VARIANTS says that the build compiled the AVX variants (x86-64 only; NEON is AArch64's baseline).
 #if defined(TRITOOL_X86_VARIANTS)
-#define TRITOOL_KERNELS_OF(isa, function, T)         \
+#define TRITOOL_KERNELS_OF(isa, function, T)          \
   ((isa) == Isa::kAvx512 ? cpu::avx512::function<T>() \
    : (isa) == Isa::kAvx2 ? cpu::avx2::function<T>()   \
                          : cpu::baseline::function<T>())

@@ -39,7 +39,8 @@ TRITOOL_HD Pack<T, N> gather_shared(const T* const (&base)[N], bool same, int64_
 // The operands' offsets of the items first .. end-1, as many as there are lanes; lanes past the last item repeat it.
 // Returns the number of lanes that hold an item.
 template <int N, int kOperands>
-TRITOOL_HD int lane_offsets(const Batch<kOperands>& batch, int64_t first, int64_t end, int64_t (&offset)[N][kOperands]) {
+TRITOOL_HD int lane_offsets(const Batch<kOperands>& batch, int64_t first, int64_t end,
+                            int64_t (&offset)[N][kOperands]) {
   const int lanes = end - first < N ? static_cast<int>(end - first) : N;
   for (int lane = 0; lane < N; ++lane) batch.offsets(first + (lane < lanes ? lane : lanes - 1), offset[lane]);
   return lanes;

@@ -51,9 +51,9 @@ constexpr int64_t kMaxGridX = 2147483647;  // gridDim.y and .z end at 65535 alre
 // failure, also one inside the kernel, is a std::runtime_error.
 #if defined(TRITOOL_EMULATOR)
 
-#define TRITOOL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                        \
-  (static_cast<void>(stream), ::tritool::emulator::launch(TRITOOL_TEXT(kernel), kernel, grid, \
-                                                          block, shared_bytes, __VA_ARGS__))
+#define TRITOOL_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  (static_cast<void>(stream),                                          \
+   ::tritool::emulator::launch(TRITOOL_TEXT(kernel), kernel, grid, block, shared_bytes, __VA_ARGS__))
 
 inline int last_launch_error() { return 0; }
 inline const char* launch_error_text(int) { return "no error"; }
@@ -64,21 +64,18 @@ inline const char* launch_error_text(int) { return "no error"; }
   ::tritool::launch(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
-            Args... args) {
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream, Args... args) {
   if (shared_bytes > 48 * 1024) {
     // A failure here makes the launch below fail too; both are seen by last_launch_error().
-    static_cast<void>(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes)));
+    static_cast<void>(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   }
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Params>(args)...);
 }
 
 // The error of the launches since the last call, 0 for none; asking clears it.
 inline int last_launch_error() { return static_cast<int>(cudaGetLastError()); }
-inline const char* launch_error_text(int error) {
-  return cudaGetErrorString(static_cast<cudaError_t>(error));
-}
+inline const char* launch_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 #endif
 
@@ -93,8 +90,7 @@ inline const char* launch_error_text(int error) {
 
 #define TRITOOL_SHARED(T, name, n)                 \
   static const char tritool_shared_key_##name = 0; \
-  ::tritool::emulator::SharedArray<T, n>& name =   \
-      ::tritool::emulator::shared_array<T, n>(&tritool_shared_key_##name)
+  ::tritool::emulator::SharedArray<T, n>& name = ::tritool::emulator::shared_array<T, n>(&tritool_shared_key_##name)
 #define TRITOOL_DYNAMIC_SHARED(T, name) T* name = ::tritool::emulator::dynamic_shared<T>()
 
 #else
@@ -126,9 +122,7 @@ inline unsigned grid_size(int64_t count, int64_t per_block) {
 __device__ __forceinline__ int64_t thread_index() {
   return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
-__device__ __forceinline__ int64_t thread_count() {
-  return static_cast<int64_t>(gridDim.x) * blockDim.x;
-}
+__device__ __forceinline__ int64_t thread_count() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
 // ---- Reductions ----
 // T is float, double or a 32- or 64-bit integer. The order of the additions is fixed, so equal

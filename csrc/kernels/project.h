@@ -36,8 +36,8 @@ struct ProjectBackwardParams {
   const T* grad;  // [batch, C, 2]
   const T* points;
   const T* projections;
-  T* grad_points;       // out, each [3] contiguous; null: not wanted
-  T* grad_projections;  // out, [own batch, C, 3, 4], each [C, 3, 4] contiguous; null: not wanted
+  T* grad_points;          // out, each [3] contiguous; null: not wanted
+  T* grad_projections;     // out, [own batch, C, 3, 4], each [C, 3, 4] contiguous; null: not wanted
   Batch<kOperands> batch;  // kGradProjections is the owner where it is wanted
   int views;
   int64_t grad_stride[2];  // view, coordinate

@@ -33,9 +33,9 @@ struct LaneItems {
   TRITOOL_HD void load_matrix(int view, Pack<T, N> (&matrix)[3][4]) const {
     for (int i = 0; i < 3; ++i)
       for (int j = 0; j < 4; ++j)
-        matrix[i][j] = gather_shared(projections, same_projections,
-                                     view * projections_stride[0] + i * projections_stride[1] +
-                                         j * projections_stride[2]);
+        matrix[i][j] =
+            gather_shared(projections, same_projections,
+                          view * projections_stride[0] + i * projections_stride[1] + j * projections_stride[2]);
   }
 };
 
@@ -90,8 +90,7 @@ void backward(const ProjectBackwardParams<T>& params, const SharedSumPlan& plan,
           for (int j = 0; j < 4; ++j) targets.add(view * 12 + i * 4 + j, grad_matrix[i][j]);
       }
       for (int lane = 0; params.grad_points != nullptr && lane < lanes; ++lane)
-        for (int k = 0; k < 3; ++k)
-          params.grad_points[offset[lane][Params::kGradPoints] + k] = grad_point[k].v[lane];
+        for (int k = 0; k < 3; ++k) params.grad_points[offset[lane][Params::kGradPoints] + k] = grad_point[k].v[lane];
     }
   }
 }

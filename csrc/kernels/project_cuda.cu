@@ -113,8 +113,8 @@ int project_backward(const ProjectBackwardParams<T>& params, const SharedSumPlan
     TRITOOL_LAUNCH(project_backward_kernel<T>, grid_size(params.batch.count, kBlock), kBlock, 0, stream, params);
     return last_launch_error();
   }
-  TRITOOL_LAUNCH(project_backward_shared_kernel<T>, grid_size(plan.units, kSharedSumBlock / kWarpSize),
-                 kSharedSumBlock, 0, stream, params, plan);
+  TRITOOL_LAUNCH(project_backward_shared_kernel<T>, grid_size(plan.units, kSharedSumBlock / kWarpSize), kSharedSumBlock,
+                 0, stream, params, plan);
   add_partial_sums<ProjectBackwardParams<T>::kGradProjections>(plan, params.batch, params.grad_projections,
                                                                params.partial_sums, stream);
   return last_launch_error();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradients to an operand that several items share (the projections of all joints of a frame, of all points of a scene),
-// summed in an order that depends on the shapes alone: the same bits on any number of threads, without atomics.
+// Gradients to an operand that several items share (the projections of all joints of a frame, of all points of a
+// scene), summed in an order that depends on the shapes alone: the same bits on any number of threads, without atomics.
 //
 // The items are ordered so that those which share an element of the operand, its "owner", are neighbours (make_batch
 // with the operand as owner). A work unit takes whole owners, several or one; where one owner has more items than a

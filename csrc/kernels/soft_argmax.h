@@ -36,10 +36,10 @@ struct SoftmaxMomentsParams {
   Batch<1> maps;
   int64_t size[3];
   int64_t stride[3];
-  int dims;  // 2 or 3
-  T c;       // inverse_temperature * log2(e)
+  int dims;            // 2 or 3
+  T c;                 // inverse_temperature * log2(e)
   bool maps_adjacent;  // neighbouring maps lie side by side in memory (channels last)
-  T* partial;  // scratch of the CUDA kernels, see cuda::softmax_moments_splits
+  T* partial;          // scratch of the CUDA kernels, see cuda::softmax_moments_splits
 };
 
 template <class In>
@@ -48,10 +48,10 @@ struct SoftmaxMomentsBackwardParams {
   enum Operand { kLogits, kGradLogits, kOperands };
   const In* logits;
   In* grad_logits;
-  const T* mean;            // [maps, D], contiguous, and so are the next ones
-  const T* covariance;      // null where grad_covariance is
+  const T* mean;        // [maps, D], contiguous, and so are the next ones
+  const T* covariance;  // null where grad_covariance is
   const T* partition;
-  const T* grad_mean;           // each may be null: no such gradient
+  const T* grad_mean;  // each may be null: no such gradient
   const T* grad_covariance;
   const T* grad_log_partition;
   Batch<kOperands> maps;

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two layouts, each read in place. Rows: a map's last axis lies along the SIMD lanes. Adjacent maps (channels last): the
-// lanes are neighbouring maps, which share every cache line. Both sum a row in lanes and add rows up in float64, which is
-// free at that rate and keeps a map of 10^6 voxels exact to 1e-5.
-#include "kernels/soft_argmax.h"
-
+// Two layouts, each read in place. Rows: a map's last axis lies along the SIMD lanes. Adjacent maps (channels last):
+// the lanes are neighbouring maps, which share every cache line. Both sum a row in lanes and add rows up in float64,
+// which is free at that rate and keeps a map of 10^6 voxels exact to 1e-5.
 #include <type_traits>
 
 #include "kernels/lanes.h"
 #include "kernels/moment_cotangent.h"
+#include "kernels/soft_argmax.h"
 
 namespace tritool {
 namespace cpu {
@@ -90,7 +89,8 @@ TRITOOL_HD void flush_lanes(MomentState<P, kSecond>& lanes, MomentState<double, 
   constexpr int N = P::kLanes;
   total.sum += double(sum_lanes(lanes.sum, N));
   for (int a = 0; a < 3; ++a) total.first[a] += double(sum_lanes(lanes.first[a], N));
-  for (int k = 0; kSecond && k < 6; ++k) total.second[kSecond ? k : 0] += double(sum_lanes(lanes.second[kSecond ? k : 0], N));
+  for (int k = 0; kSecond && k < 6; ++k)
+    total.second[kSecond ? k : 0] += double(sum_lanes(lanes.second[kSecond ? k : 0], N));
   lanes.clear();
 }
 
@@ -262,8 +262,8 @@ void backward_row(const SoftmaxMomentsBackwardParams<In>& params, const MomentCo
   using T = Accumulator<In>;
   using P = NativePack<T>;
   constexpr int N = P::kLanes;
-  const int64_t(&from)[3] = params.stride[Params::kLogits];
-  const int64_t(&to)[3] = params.stride[Params::kGradLogits];
+  const int64_t (&from)[3] = params.stride[Params::kLogits];
+  const int64_t (&to)[3] = params.stride[Params::kGradLogits];
   const In* row = params.logits + offset[Params::kLogits] + i * from[0] + j * from[1];
   In* out = params.grad_logits + offset[Params::kGradLogits] + i * to[0] + j * to[1];
   T t[3];
@@ -318,8 +318,8 @@ void backward(const SoftmaxMomentsBackwardParams<In>& params, int64_t begin, int
       factor.v[lane] = params.inverse_temperature * maps[lane].inverse_sum;
       mean.v[lane] = maps[lane].mean[2];
     }
-    const int64_t(&from)[3] = params.stride[Params::kLogits];
-    const int64_t(&to)[3] = params.stride[Params::kGradLogits];
+    const int64_t (&from)[3] = params.stride[Params::kLogits];
+    const int64_t (&to)[3] = params.stride[Params::kGradLogits];
     for (; item < stop; ++item) {
       const int64_t row = item - index * rows, i = row / params.size[1], j = row % params.size[1];
       P t[3] = {P(T(0)), P(T(0)), P(T(0))}, valid = P(T(0));

@@ -115,7 +115,8 @@ __device__ __forceinline__ void write_result(const SoftmaxMomentsParams<In>& par
 
 template <class In, bool kSecond>
 __device__ __forceinline__ void write_result_or_partial(const SoftmaxMomentsParams<In>& params, int64_t map, int split,
-                                                        int splits, const MomentState<Accumulator<In>, kSecond>& state) {
+                                                        int splits,
+                                                        const MomentState<Accumulator<In>, kSecond>& state) {
   if (splits == 1)
     write_result<In, kSecond>(params, map, state);
   else
@@ -146,8 +147,7 @@ __global__ void __launch_bounds__(kBlock) moments_rows_kernel(SoftmaxMomentsPara
       if constexpr (kWidth > 1) {
         const auto vector = *reinterpret_cast<const Vector<In, kWidth>*>(logits + element);
 #pragma unroll
-        for (int n = 0; n < kWidth; ++n)
-          push(state, params.c, load(&vector.element[n]), int(i), int(j), int(k) + n);
+        for (int n = 0; n < kWidth; ++n) push(state, params.c, load(&vector.element[n]), int(i), int(j), int(k) + n);
       } else {
         const T logit = load(logits + i * params.stride[0] + j * params.stride[1] + k * params.stride[2]);
         push(state, params.c, logit, int(i), int(j), int(k));
@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(kBlock)
   using T = Accumulator<In>;
   const unsigned depth = static_cast<unsigned>(params.size[1]), width = static_cast<unsigned>(params.size[2]);
   const unsigned loads = static_cast<unsigned>(params.size[0]) * depth * width / kWidth;
-  const int64_t(&from)[3] = params.stride[Params::kLogits];
-  const int64_t(&to)[3] = params.stride[Params::kGradLogits];
+  const int64_t (&from)[3] = params.stride[Params::kLogits];
+  const int64_t (&to)[3] = params.stride[Params::kGradLogits];
   for (int64_t block = blockIdx.x; block < params.maps.count * chunks; block += gridDim.x) {
     const int64_t map = block / chunks;
     const unsigned chunk = static_cast<unsigned>(block - map * chunks);
@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(kBlock)
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const unsigned depth = static_cast<unsigned>(params.size[1]), width = static_cast<unsigned>(params.size[2]);
   const unsigned voxels = static_cast<unsigned>(params.size[0]) * depth * width;
-  const int64_t(&from)[3] = params.stride[Params::kLogits];
-  const int64_t(&to)[3] = params.stride[Params::kGradLogits];
+  const int64_t (&from)[3] = params.stride[Params::kLogits];
+  const int64_t (&to)[3] = params.stride[Params::kGradLogits];
   for (int64_t block = blockIdx.x; block < ceil_div(params.maps.count, kWarpSize) * chunks; block += gridDim.x) {
     const int64_t group = block / chunks;
     const unsigned chunk = static_cast<unsigned>(block - group * chunks);
@@ -371,7 +371,7 @@ int softmax_moments_backward(const SoftmaxMomentsBackwardParams<In>& params, CUs
   return last_launch_error();
 }
 
-#define TRITOOL_INSTANTIATE(In)                                                   \
+#define TRITOOL_INSTANTIATE(In)                                                    \
   template int softmax_moments<In>(const SoftmaxMomentsParams<In>&, CUstream_st*); \
   template int softmax_moments_backward<In>(const SoftmaxMomentsBackwardParams<In>&, CUstream_st*);
 TRITOOL_INSTANTIATE(float)

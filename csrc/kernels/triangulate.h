@@ -39,13 +39,13 @@ struct TriangulateParams {
 template <class T>
 struct TriangulateBackwardParams {
   enum Operand { kGrad, kPoints, kProjections, kWeights, kGradPoints, kGradProjections, kGradWeights, kOperands };
-  const T* grad;         // [batch, 3]
+  const T* grad;  // [batch, 3]
   const T* points;
   const T* projections;
-  const T* weights;      // may be null
-  T* grad_points;        // out, [batch, C, 2], each [C, 2] contiguous; null: not wanted
-  T* grad_projections;   // out, [own batch, C, 3, 4], each [C, 3, 4] contiguous; null: not wanted
-  T* grad_weights;       // out, [batch, C], each [C] contiguous; null: not wanted
+  const T* weights;        // may be null
+  T* grad_points;          // out, [batch, C, 2], each [C, 2] contiguous; null: not wanted
+  T* grad_projections;     // out, [own batch, C, 3, 4], each [C, 3, 4] contiguous; null: not wanted
+  T* grad_weights;         // out, [batch, C], each [C] contiguous; null: not wanted
   Batch<kOperands> batch;  // kGradProjections is the owner where it is wanted, see shared_sum.h
   int views;
   bool homogeneous;
@@ -63,8 +63,7 @@ struct TriangulateKernels {
   // Points begin .. end-1.
   void (*forward)(const TriangulateParams<T>& params, int64_t begin, int64_t end);
   // Work units begin .. end-1 of the plan.
-  void (*backward)(const TriangulateBackwardParams<T>& params, const SharedSumPlan& plan, int64_t begin,
-                   int64_t end);
+  void (*backward)(const TriangulateBackwardParams<T>& params, const SharedSumPlan& plan, int64_t begin, int64_t end);
   // Where the plan has partial sums, afterwards: owners begin .. end-1.
   void (*backward_sum)(const TriangulateBackwardParams<T>& params, const SharedSumPlan& plan, int64_t begin,
                        int64_t end);
@@ -80,8 +79,7 @@ namespace cuda {
 template <class T>
 int triangulate(const TriangulateParams<T>& params, CUstream_st* stream);
 template <class T>
-int triangulate_backward(const TriangulateBackwardParams<T>& params, const SharedSumPlan& plan,
-                         CUstream_st* stream);
+int triangulate_backward(const TriangulateBackwardParams<T>& params, const SharedSumPlan& plan, CUstream_st* stream);
 
 }  // namespace cuda
 }  // namespace tritool

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One thread per point. The backward has two shapes: a thread per point where every point has projections of its own (or
-// their gradient is not wanted), and a warp per work unit where points share projections, whose gradient the warp
+// One thread per point. The backward has two shapes: a thread per point where every point has projections of its own
+// (or their gradient is not wanted), and a warp per work unit where points share projections, whose gradient the warp
 // adds up with shuffles in a fixed order. No atomics: the same input gives the same bits.
 #include "kernels/launch.cuh"
 #include "kernels/shared_sum.cuh"
@@ -59,9 +59,8 @@ __global__ void __launch_bounds__(kBlock) triangulate_kernel(TriangulateParams<T
 }
 
 template <class T>
-__device__ __forceinline__ void store_point_gradients(const TriangulateBackwardParams<T>& params,
-                                                      const int64_t* offset, int view,
-                                                      const ObservationGradient<T>& gradient) {
+__device__ __forceinline__ void store_point_gradients(const TriangulateBackwardParams<T>& params, const int64_t* offset,
+                                                      int view, const ObservationGradient<T>& gradient) {
   using Params = TriangulateBackwardParams<T>;
   if (params.grad_points != nullptr) {
     T* out = params.grad_points + offset[Params::kGradPoints] + 2 * view;
@@ -117,8 +116,7 @@ struct WarpSink {
   __device__ __forceinline__ void operator()(int view, const ObservationGradient<T>& gradient) {
     if (active) store_point_gradients(params, offset, view, gradient);
     for (int i = 0; i < 3; ++i)
-      for (int j = 0; j < 4; ++j)
-        warp_add(sum + 12 * view + 4 * i + j, active ? gradient.projection[i][j] : T(0));
+      for (int j = 0; j < 4; ++j) warp_add(sum + 12 * view + 4 * i + j, active ? gradient.projection[i][j] : T(0));
   }
 };
 
@@ -155,8 +153,7 @@ int triangulate(const TriangulateParams<T>& params, CUstream_st* stream) {
 }
 
 template <class T>
-int triangulate_backward(const TriangulateBackwardParams<T>& params, const SharedSumPlan& plan,
-                         CUstream_st* stream) {
+int triangulate_backward(const TriangulateBackwardParams<T>& params, const SharedSumPlan& plan, CUstream_st* stream) {
   if (params.batch.count == 0) return 0;
   if (params.grad_projections == nullptr || params.batch.shared == 1) {
     TRITOOL_LAUNCH(triangulate_backward_kernel<T>, grid_size(params.batch.count, kBlock), kBlock, 0, stream, params);
@@ -171,10 +168,8 @@ int triangulate_backward(const TriangulateBackwardParams<T>& params, const Share
 
 template int triangulate<float>(const TriangulateParams<float>&, CUstream_st*);
 template int triangulate<double>(const TriangulateParams<double>&, CUstream_st*);
-template int triangulate_backward<float>(const TriangulateBackwardParams<float>&, const SharedSumPlan&,
-                                         CUstream_st*);
-template int triangulate_backward<double>(const TriangulateBackwardParams<double>&, const SharedSumPlan&,
-                                          CUstream_st*);
+template int triangulate_backward<float>(const TriangulateBackwardParams<float>&, const SharedSumPlan&, CUstream_st*);
+template int triangulate_backward<double>(const TriangulateBackwardParams<double>&, const SharedSumPlan&, CUstream_st*);
 
 }  // namespace cuda
 }  // namespace tritool

@@ -47,13 +47,13 @@ struct RealOf<Pack<T, N>> {
 };
 
 #define TRITOOL_PACK template <class T, int N>
-#define TRITOOL_PACK_ARITHMETIC(op)                                                        \
+#define TRITOOL_PACK_ARITHMETIC(op)                                                          \
   TRITOOL_PACK TRITOOL_HD Pack<T, N> operator op(const Pack<T, N>& a, const Pack<T, N>& b) { \
-    return Pack<T, N>::of(a.v op b.v);                                                         \
+    return Pack<T, N>::of(a.v op b.v);                                                       \
   }
-#define TRITOOL_PACK_COMPARISON(op)                                                            \
+#define TRITOOL_PACK_COMPARISON(op)                                                              \
   TRITOOL_PACK TRITOOL_HD PackMask<T, N> operator op(const Pack<T, N>& a, const Pack<T, N>& b) { \
-    return PackMask<T, N>{a.v op b.v};                                                         \
+    return PackMask<T, N>{a.v op b.v};                                                           \
   }
 TRITOOL_PACK_ARITHMETIC(+)
 TRITOOL_PACK_ARITHMETIC(-)
@@ -126,7 +126,7 @@ struct Exp2Constants<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr float kSmallest = -125.0f;
   static constexpr int kTerms = 6;
-  static constexpr float kTerm[kTerms] = {0.69314718802622878f, 0.24022650760568127f,  0.055503571142190778f,
+  static constexpr float kTerm[kTerms] = {0.69314718802622878f,   0.24022650760568127f,   0.055503571142190778f,
                                           0.0096180825572778515f, 0.0013390863364671234f, 0.00015453162945120690f};
 };
 template <>
@@ -136,8 +136,8 @@ struct Exp2Constants<double> {
   static constexpr double kSmallest = -1021.0;
   static constexpr int kTerms = 11;
   static constexpr double kTerm[kTerms] = {
-      0.69314718055994530942,    0.2402265069591009822,     0.055504108664821594339,  0.0096181291076068885273,
-      0.001333355814641693531,   0.00015403530441736050155, 0.000015252733829836118394, 1.3215442587921689653e-6,
+      0.69314718055994530942,   0.2402265069591009822,     0.055504108664821594339,    0.0096181291076068885273,
+      0.001333355814641693531,  0.00015403530441736050155, 0.000015252733829836118394, 1.3215442587921689653e-6,
       1.0178062445845773521e-7, 7.0725859692492236999e-9,  4.4549605981865183938e-10};
 };
 
@@ -151,8 +151,7 @@ TRITOOL_PACK TRITOOL_HD Pack<T, N> exp2_(const Pack<T, N>& x) {
   for (int term = Constants::kTerms - 2; term >= 0; --term) q = q * f + Constants::kTerm[term];
   const Value mantissa = f * q + T(1);
   const Value result = (Value)((Bits)mantissa + ((Bits)shifted << Constants::kMantissaBits));
-  return select(x < Pack<T, N>(Constants::kSmallest), Pack<T, N>(T(0)),
-                select(x == x, Pack<T, N>::of(result), x));
+  return select(x < Pack<T, N>(Constants::kSmallest), Pack<T, N>(T(0)), select(x == x, Pack<T, N>::of(result), x));
 }
 TRITOOL_PACK TRITOOL_HD Pack<T, N> log2_(const Pack<T, N>& x) {
   Pack<T, N> result;

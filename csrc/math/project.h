@@ -35,9 +35,8 @@ TRITOOL_HD void project_point_vjp(const T (&point)[3], const T (&matrix)[3][4], 
                                   T (&grad_matrix)[3][4]) {
   const Projection<T> projection = project_point(point, matrix);
   const T inverse = T(1) / projection.depth;
-  const T grad_image[3] = {
-      grad[0] * inverse, grad[1] * inverse,
-      (T(0) - (grad[0] * projection.pixel[0] + grad[1] * projection.pixel[1])) * inverse};
+  const T grad_image[3] = {grad[0] * inverse, grad[1] * inverse,
+                           (T(0) - (grad[0] * projection.pixel[0] + grad[1] * projection.pixel[1])) * inverse};
   for (int i = 0; i < 3; ++i) {
     const T g = select(projection.visible, grad_image[i], T(0));
     for (int j = 0; j < 3; ++j) {

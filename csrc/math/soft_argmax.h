@@ -8,7 +8,8 @@
 // new maximum, which costs 3e-2 voxels on a rising ramp. c l - level is one fused operation. Derivation, measured
 // errors: docs/ops/soft_argmax.md.
 //
-// A voxel at -inf is masked: weight 0, gradient 0. If all are, or one is NaN or +inf, the mean is NaN and the gradient 0.
+// A voxel at -inf is masked: weight 0, gradient 0. If all are, or one is NaN or +inf, the mean is NaN and the gradient
+// 0.
 #pragma once
 
 #include "math/half.h"
@@ -36,8 +37,8 @@ TRITOOL_HD T softmax_weight(T c, T logit, T level) {
 template <class T, bool kSecond>
 struct MomentState {
   T level, sum;
-  T first[3];                  // sum of p d, d = coordinate - origin
-  T second[kSecond ? 6 : 1];   // sum of p d d^T: 00 01 02 11 12 22
+  T first[3];                 // sum of p d, d = coordinate - origin
+  T second[kSecond ? 6 : 1];  // sum of p d d^T: 00 01 02 11 12 22
   T origin[3];
 
   TRITOOL_HD void reset(const T (&centre)[3]) {

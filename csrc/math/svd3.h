@@ -60,8 +60,7 @@ TRITOOL_HD RightSvd3<T> right_svd3(T (&a)[3][3]) {
     jacobi_rotate(a, svd.v, 0, 2);
     jacobi_rotate(a, svd.v, 1, 2);
   }
-  for (int i = 0; i < 3; ++i)
-    svd.s_squared[i] = a[0][i] * a[0][i] + a[1][i] * a[1][i] + a[2][i] * a[2][i];
+  for (int i = 0; i < 3; ++i) svd.s_squared[i] = a[0][i] * a[0][i] + a[1][i] * a[1][i] + a[2][i] * a[2][i];
   for (int i = 0; i < 2; ++i) {  // bring the smallest to index 2, lane by lane
     const auto swap = svd.s_squared[i] < svd.s_squared[2];
     const T s = svd.s_squared[i];

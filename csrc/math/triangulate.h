@@ -49,15 +49,15 @@ struct WeightedRows {
   T row[2][4];
 };
 
-// The solution, and the factors of A^T A that the gradient needs again: (B - lambda)^-1 = V diag(1/(s_i^2 - lambda)) V^T
-// with B = A3^T A3 the leading 3x3 block. gap = s3^2 - lambda is found without cancellation and used in its place.
+// The solution, and the factors of A^T A that the gradient needs again: (B - lambda)^-1 = V diag(1/(s_i^2 - lambda))
+// V^T with B = A3^T A3 the leading 3x3 block. gap = s3^2 - lambda is found without cancellation and used in its place.
 template <class T>
 struct Triangulation {
   T point[3];
   T lambda;
   T gap;
   RightSvd3<T> svd;
-  T scale;        // power of two by which the weights were multiplied
+  T scale;  // power of two by which the weights were multiplied
   Mask<T> valid;
 
   // q = (B - lambda)^-1 x
@@ -108,8 +108,8 @@ TRITOOL_HD void solve_secular(const RightSvd3<T>& svd, const T (&e)[3], T rho_sq
   const T inverse_s = T(1) / s;
   const T t = e[2] * e[2];
   const T residual = rho_squared * inverse_s;
-  T root = T(0);       // lambda / s
-  T complement = T(1); // 1 - root, free of cancellation
+  T root = T(0);        // lambda / s
+  T complement = T(1);  // 1 - root, free of cancellation
   // Ordinary rigs need 2 or 3 steps, points near the world's origin 8.
   for (int step = 0; step < 10; ++step) {
     T phi = T(1), slope = T(0);
@@ -310,8 +310,7 @@ TRITOOL_HD void triangulate_point_vjp(const Views& views, bool homogeneous, cons
       gradient.v = gradient.v + grad_row[1][j] * select(counts, view.projection[2][j], T(0));
       gradient.projection[0][j] = T(0) - grad_row[0][j];
       gradient.projection[1][j] = T(0) - grad_row[1][j];
-      gradient.projection[2][j] =
-          select(counts, view.u * grad_row[0][j] + view.v * grad_row[1][j], T(0));
+      gradient.projection[2][j] = select(counts, view.u * grad_row[0][j] + view.v * grad_row[1][j], T(0));
     }
     sink(c, gradient);
   }

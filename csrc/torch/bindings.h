@@ -15,9 +15,9 @@ Tensor triangulate(const Tensor& points, const Tensor& projections, const std::o
                    bool homogeneous);
 // grad [batch, 3] (full) -> gradients to points, projections, weights in their own shapes; empty [0] where not wanted
 std::tuple<Tensor, Tensor, Tensor> triangulate_backward(const Tensor& grad, const Tensor& points,
-                                                        const Tensor& projections,
-                                                        const std::optional<Tensor>& weights, bool homogeneous,
-                                                        bool want_points, bool want_projections, bool want_weights);
+                                                        const Tensor& projections, const std::optional<Tensor>& weights,
+                                                        bool homogeneous, bool want_points, bool want_projections,
+                                                        bool want_weights);
 
 // points [batch, 3] (full), projections [batch, C, 3, 4] -> pixels [batch, C, 2]
 Tensor project(const Tensor& points, const Tensor& projections);

@@ -82,8 +82,8 @@ void set_batch(Batch<kOperands>& result, const std::vector<int64_t>& batch, cons
                                                : batch_strides(*operands[o].tensor, operands[o].name, batch);
     pointers[o] = strides[o].data();
   }
-  STD_TORCH_CHECK(make_batch(batch.data(), static_cast<int>(batch.size()), pointers, result, owner), op,
-                  ": more than ", kMaxBatchDims, " batch dimensions that cannot be merged");
+  STD_TORCH_CHECK(make_batch(batch.data(), static_cast<int>(batch.size()), pointers, result, owner), op, ": more than ",
+                  kMaxBatchDims, " batch dimensions that cannot be merged");
 }
 
 // A new tensor for a gradient that is wanted, else an empty one.
@@ -97,9 +97,8 @@ void run_shared_sum(const Params& params, const SharedSumPlan& plan, const Kerne
   torch::stable::parallel_for(0, plan.units, 1,
                               [&](int64_t begin, int64_t end) { kernels.backward(params, plan, begin, end); });
   if (plan.units_per_owner == 1) return;
-  torch::stable::parallel_for(0, params.batch.count / params.batch.shared, 1, [&](int64_t begin, int64_t end) {
-    kernels.backward_sum(params, plan, begin, end);
-  });
+  torch::stable::parallel_for(0, params.batch.count / params.batch.shared, 1,
+                              [&](int64_t begin, int64_t end) { kernels.backward_sum(params, plan, begin, end); });
 }
 
 // Makes the tensor's device the current one while it lives; nothing for a CPU tensor.

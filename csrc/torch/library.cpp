@@ -30,9 +30,8 @@ CUstream_st* current_stream(const Tensor& tensor) {
   using GetStream = int32_t (*)(int32_t, void**);
   static const GetStream get_stream = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    return library == nullptr
-               ? nullptr
-               : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
   STD_TORCH_CHECK(get_stream != nullptr, "this torch has no CUDA support, yet the arguments are CUDA tensors");
   void* stream = nullptr;
@@ -51,17 +50,19 @@ void check_launch(int error, const char* op) {
 
 }  // namespace tritool
 
-#define TRITOOL_IMPLEMENT(m) \
-  m.impl("triangulate", TORCH_BOX(&tritool::triangulate)); \
+#define TRITOOL_IMPLEMENT(m)                                                 \
+  m.impl("triangulate", TORCH_BOX(&tritool::triangulate));                   \
   m.impl("triangulate_backward", TORCH_BOX(&tritool::triangulate_backward)); \
-  m.impl("project", TORCH_BOX(&tritool::project)); \
-  m.impl("project_backward", TORCH_BOX(&tritool::project_backward)); \
-  m.impl("softmax_moments", TORCH_BOX(&tritool::softmax_moments)); \
+  m.impl("project", TORCH_BOX(&tritool::project));                           \
+  m.impl("project_backward", TORCH_BOX(&tritool::project_backward));         \
+  m.impl("softmax_moments", TORCH_BOX(&tritool::softmax_moments));           \
   m.impl("softmax_moments_backward", TORCH_BOX(&tritool::softmax_moments_backward));
 
-STABLE_TORCH_LIBRARY_IMPL(tritool, CPU, m) { TRITOOL_IMPLEMENT(m) }
+STABLE_TORCH_LIBRARY_IMPL(tritool, CPU, m){TRITOOL_IMPLEMENT(m)}
 // Also where the CUDA kernels were not built: the op then says so, instead of the dispatcher's riddle.
-STABLE_TORCH_LIBRARY_IMPL(tritool, CUDA, m) { TRITOOL_IMPLEMENT(m) }
+STABLE_TORCH_LIBRARY_IMPL(tritool, CUDA, m) {
+  TRITOOL_IMPLEMENT(m)
+}
 
 // What this binary holds, for `tritool info` (read by ctypes in tritool/_native.py).
 extern "C" __attribute__((visibility("default"))) const char* tritool_cpu_variant() { return tritool::isa_name(); }

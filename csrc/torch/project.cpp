@@ -42,8 +42,8 @@ Tensor project(const Tensor& points, const Tensor& projections) {
     params.pixels = pixels.mutable_data_ptr<T>();
     params.views = static_cast<int>(operands.views);
     set_strides(params, points, projections);
-    set_batch(params.batch, operands.batch,
-              {{&points, "points"}, {&projections, "projections"}, {&pixels, "pixels"}}, kOp);
+    set_batch(params.batch, operands.batch, {{&points, "points"}, {&projections, "projections"}, {&pixels, "pixels"}},
+              kOp);
     if (points.is_cpu()) {
       const auto& kernels = TRITOOL_PICK_KERNELS(project_kernels, T);
       torch::stable::parallel_for(0, params.batch.count, 2048,
@@ -90,9 +90,9 @@ std::tuple<Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& po
       if (want_projections) torch::stable::zero_(grad_projections);
       return;
     }
-    const SharedSumPlan plan = shared_sum_plan(params.batch, want_projections, operands.views * 12,
-                                               points.is_cpu() ? kCpuItemsPerUnit
-                                                               : warp_items_per_unit(params.batch.shared));
+    const SharedSumPlan plan =
+        shared_sum_plan(params.batch, want_projections, operands.views * 12,
+                        points.is_cpu() ? kCpuItemsPerUnit : warp_items_per_unit(params.batch.shared));
     const Tensor scratch = torch::stable::new_empty(points, {plan.partial_count});
     params.partial_sums = scratch.mutable_data_ptr<T>();
     if (points.is_cpu()) {

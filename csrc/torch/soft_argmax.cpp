@@ -40,7 +40,8 @@ void check_logits(const Tensor& logits, int64_t dims, const char* op) {
                   " trailing dimensions, got ", logits.dim());
   int64_t elements = 1;
   for (int64_t d = 1; d <= dims; ++d) elements *= logits.size(-d);
-  STD_TORCH_CHECK(elements < (int64_t(1) << 31), op, ": a map of ", elements, " elements; fewer than 2^31 are supported");
+  STD_TORCH_CHECK(elements < (int64_t(1) << 31), op, ": a map of ", elements,
+                  " elements; fewer than 2^31 are supported");
 }
 
 // A map's sizes and strides as three axes, the first of size 1 for a 2D map.
@@ -62,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_moments(const Tensor& logits,
   const std::vector<int64_t> batch = leading_sizes(logits, dims);
   const ScalarType dtype = accumulator_dtype(logits);
   Tensor mean = torch::stable::new_empty(logits, with(batch, {dims}), dtype);
-  Tensor covariance = torch::stable::new_empty(
-      logits, with_covariance ? with(batch, {dims, dims}) : std::vector<int64_t>{0}, dtype);
+  Tensor covariance =
+      torch::stable::new_empty(logits, with_covariance ? with(batch, {dims, dims}) : std::vector<int64_t>{0}, dtype);
   Tensor log_partition = torch::stable::new_empty(logits, batch, dtype);
   Tensor partition = torch::stable::new_empty(logits, with(batch, {2}), dtype);
   dispatch_logits(logits, kOp, [&](auto element) {
@@ -121,8 +122,7 @@ Tensor softmax_moments_backward(const std::optional<Tensor>& grad_mean, const st
   const auto of_partition = small(partition, "partition", {2});
   const auto of_grad_mean = small(grad_mean, "grad_mean", {dims});
   const auto of_grad_covariance = small(grad_covariance, "grad_covariance", {dims, dims});
-  const auto of_covariance =
-      grad_covariance.has_value() ? small(covariance, "covariance", {dims, dims}) : std::nullopt;
+  const auto of_covariance = grad_covariance.has_value() ? small(covariance, "covariance", {dims, dims}) : std::nullopt;
   const auto of_grad_log = small(grad_log_partition, "grad_log_partition", {});
   Tensor grad_logits = torch::stable::empty_like(logits);
 
@@ -148,8 +148,8 @@ Tensor softmax_moments_backward(const std::optional<Tensor>& grad_mean, const st
     params.dims = static_cast<int>(dims);
     params.c = T(inverse_temperature * kLog2OfE);
     params.inverse_temperature = T(inverse_temperature);
-    params.maps_adjacent = are_maps_adjacent(
-        params.maps, {params.stride[Params::kLogits][2], params.stride[Params::kGradLogits][2]});
+    params.maps_adjacent =
+        are_maps_adjacent(params.maps, {params.stride[Params::kLogits][2], params.stride[Params::kGradLogits][2]});
     if (logits.is_cpu()) {
       const auto& kernels = TRITOOL_PICK_KERNELS(softmax_moments_kernels, In);
       torch::stable::parallel_for(0, kernels.backward_work(params), 64,

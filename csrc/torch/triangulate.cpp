@@ -74,9 +74,9 @@ Tensor triangulate(const Tensor& points, const Tensor& projections, const std::o
 }
 
 std::tuple<Tensor, Tensor, Tensor> triangulate_backward(const Tensor& grad, const Tensor& points,
-                                                        const Tensor& projections,
-                                                        const std::optional<Tensor>& weights, bool homogeneous,
-                                                        bool want_points, bool want_projections, bool want_weights) {
+                                                        const Tensor& projections, const std::optional<Tensor>& weights,
+                                                        bool homogeneous, bool want_points, bool want_projections,
+                                                        bool want_weights) {
   constexpr const char* kOp = "triangulate_backward";
   const Operands operands = check_operands(points, projections, weights, kOp);
   check_tensor(grad, "grad", points.scalar_type(), points, static_cast<int64_t>(operands.batch.size()), {3});
@@ -118,9 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> triangulate_backward(const Tensor& grad, cons
       if (want_projections) torch::stable::zero_(grad_projections);
       return;
     }
-    const SharedSumPlan plan = shared_sum_plan(params.batch, want_projections, operands.views * 12,
-                                               points.is_cpu() ? kCpuItemsPerUnit
-                                                               : warp_items_per_unit(params.batch.shared));
+    const SharedSumPlan plan =
+        shared_sum_plan(params.batch, want_projections, operands.views * 12,
+                        points.is_cpu() ? kCpuItemsPerUnit : warp_items_per_unit(params.batch.shared));
     const Tensor scratch = torch::stable::new_empty(points, {plan.partial_count});
     params.partial_sums = scratch.mutable_data_ptr<T>();
     if (points.is_cpu()) {

@@ -220,8 +220,7 @@ void test_grid_dimensions() {
     const int b = i / 30;
     const int t = i % 30;
     right = right && visits[i] == 1 && indices[3 * i] == b / 6 * 100 + t / 15 &&
-            indices[3 * i + 1] == b / 2 % 3 * 100 + t / 5 % 3 &&
-            indices[3 * i + 2] == b % 2 * 100 + t % 5;
+            indices[3 * i + 1] == b / 2 % 3 * 100 + t / 5 % 3 && indices[3 * i + 2] == b % 2 * 100 + t % 5;
   }
   CHECK(right);
   CHECK(tritool::ceil_div(0, 4) == 0 && tritool::ceil_div(8, 4) == 2);
@@ -355,9 +354,7 @@ __global__ void mask_names_returned_lanes(float* out) {
   if (threadIdx.x >= 20) return;
   out[threadIdx.x] = __shfl_xor_sync(kFullWarp, static_cast<float>(threadIdx.x), 1);
 }
-__global__ void mask_without_caller(float* out) {
-  out[threadIdx.x] = __shfl_sync(0x0000ffffu, 1.0f, 0);
-}
+__global__ void mask_without_caller(float* out) { out[threadIdx.x] = __shfl_sync(0x0000ffffu, 1.0f, 0); }
 __global__ void masks_differ(float* out) {
   out[threadIdx.x] = __shfl_sync(threadIdx.x == 0 ? kFullWarp : 0xfffffffeu, 1.0f, 1);
 }
@@ -375,12 +372,8 @@ __global__ void different_operations(int* out) {
   }
 }
 __global__ void odd_width(float* out) { out[threadIdx.x] = __shfl_sync(kFullWarp, 1.0f, 0, 12); }
-__global__ void far_shuffle(float* out) {
-  out[threadIdx.x] = __shfl_down_sync(kFullWarp, 1.0f, 32);
-}
-__global__ void misaligned_ldg(const float* in, float* out) {
-  out[0] = __ldg(reinterpret_cast<const float4*>(in)).x;
-}
+__global__ void far_shuffle(float* out) { out[threadIdx.x] = __shfl_down_sync(kFullWarp, 1.0f, 32); }
+__global__ void misaligned_ldg(const float* in, float* out) { out[0] = __ldg(reinterpret_cast<const float4*>(in)).x; }
 __global__ void misaligned_atomic(char* in) { atomicAdd(reinterpret_cast<double*>(in), 1.0); }
 __global__ void too_much_shared(float* out) {
   TRITOOL_SHARED(float, first, 12000);
@@ -405,27 +398,22 @@ void test_reported_bugs() {
   CHECK(contains(message, "deadlock: __shfl_xor_sync waits for lanes that never come: lane 20"));
   CHECK(contains(message, "thread (20, 0, 0) has returned"));
 
-  CHECK_ERROR("divergent __syncthreads(): thread (",
-              TRITOOL_LAUNCH(divergent_barrier, 1, 32, 0, nullptr, out));
-  CHECK_ERROR("mismatched __syncthreads()",
-              TRITOOL_LAUNCH(mismatched_barriers, 1, 64, 0, nullptr, out));
+  CHECK_ERROR("divergent __syncthreads(): thread (", TRITOOL_LAUNCH(divergent_barrier, 1, 32, 0, nullptr, out));
+  CHECK_ERROR("mismatched __syncthreads()", TRITOOL_LAUNCH(mismatched_barriers, 1, 64, 0, nullptr, out));
   CHECK_ERROR("lane 0, thread (0, 0, 0) waits in __syncthreads at",
               TRITOOL_LAUNCH(barrier_against_shuffle, 1, 32, 0, nullptr, out));
   CHECK_ERROR("leaves out the caller", TRITOOL_LAUNCH(mask_without_caller, 1, 32, 0, nullptr, out));
-  CHECK_ERROR("deadlock: __shfl_sync waits for lanes",
-              TRITOOL_LAUNCH(masks_differ, 1, 32, 0, nullptr, out));
+  CHECK_ERROR("deadlock: __shfl_sync waits for lanes", TRITOOL_LAUNCH(masks_differ, 1, 32, 0, nullptr, out));
   CHECK_ERROR("outside its mask", TRITOOL_LAUNCH(reads_outside_mask, 1, 32, 0, nullptr, out));
   CHECK_ERROR("outside its mask", TRITOOL_LAUNCH(reads_missing_lane, 1, 48, 0, nullptr, out));
-  CHECK_ERROR("different warp operations",
-              TRITOOL_LAUNCH(different_operations, 1, 32, 0, nullptr, ints));
+  CHECK_ERROR("different warp operations", TRITOOL_LAUNCH(different_operations, 1, 32, 0, nullptr, ints));
   CHECK_ERROR("power of two", TRITOOL_LAUNCH(odd_width, 1, 32, 0, nullptr, out));
   CHECK_ERROR("32 or more", TRITOOL_LAUNCH(far_shuffle, 1, 32, 0, nullptr, out));
   CHECK_ERROR("misaligned __ldg", TRITOOL_LAUNCH(misaligned_ldg, 1, 1, 0, nullptr, out + 1, out));
-  CHECK_ERROR("misaligned atomic", TRITOOL_LAUNCH(misaligned_atomic, 1, 1, 0, nullptr,
-                                                  reinterpret_cast<char*>(out) + 4));
+  CHECK_ERROR("misaligned atomic",
+              TRITOOL_LAUNCH(misaligned_atomic, 1, 1, 0, nullptr, reinterpret_cast<char*>(out) + 4));
   CHECK_ERROR("48 KiB of static", TRITOOL_LAUNCH(too_much_shared, 1, 1, 0, nullptr, out));
-  CHECK_ERROR("thread (3, 0, 0): thrown by a kernel",
-              TRITOOL_LAUNCH(throws, 1, 32, 0, nullptr, out));
+  CHECK_ERROR("thread (3, 0, 0): thrown by a kernel", TRITOOL_LAUNCH(throws, 1, 32, 0, nullptr, out));
   CHECK_ERROR("launched by a kernel", TRITOOL_LAUNCH(launches, 1, 1, 0, nullptr, out));
   CHECK_ERROR("__syncthreads outside a kernel", __syncthreads());
 }
@@ -433,9 +421,8 @@ void test_reported_bugs() {
 void test_launch_configuration() {
   float out = 0;
   const auto refused = [&](dim3 grid, dim3 block, size_t shared_bytes) {
-    return contains(
-        error_of([&] { TRITOOL_LAUNCH(add_one, grid, block, shared_bytes, nullptr, &out, 0); }),
-        "invalid launch configuration");
+    return contains(error_of([&] { TRITOOL_LAUNCH(add_one, grid, block, shared_bytes, nullptr, &out, 0); }),
+                    "invalid launch configuration");
   };
   CHECK(refused(1, 1025, 0));
   CHECK(refused(1, dim3(32, 33), 0));
@@ -459,8 +446,7 @@ __global__ void unset_shared(float* out) {
   TRITOOL_DYNAMIC_SHARED(double, dynamic);
   if (threadIdx.x != 0) row[threadIdx.x] = 1;
   __syncthreads();
-  out[tritool::thread_index()] =
-      row[threadIdx.x] + static_cast<float>(threadIdx.x < 2 ? 0.0 : dynamic[0]);
+  out[tritool::thread_index()] = row[threadIdx.x] + static_cast<float>(threadIdx.x < 2 ? 0.0 : dynamic[0]);
 }
 
 void test_unset_shared_memory() {
@@ -497,8 +483,7 @@ void test_red_zones() {
   float out = 0;
   CHECK_ERROR("write outside the shared array declared here",
               TRITOOL_LAUNCH(writes_past_shared, 1, 1, 0, nullptr, &out, 33));
-  CHECK_ERROR("write outside the shared array",
-              TRITOOL_LAUNCH(writes_past_shared, 1, 1, 0, nullptr, &out, -1));
+  CHECK_ERROR("write outside the shared array", TRITOOL_LAUNCH(writes_past_shared, 1, 1, 0, nullptr, &out, -1));
   TRITOOL_LAUNCH(writes_past_shared, 1, 1, 0, nullptr, &out, 32);
   CHECK(out == 1);
 }

@@ -78,9 +78,7 @@ __global__ void plant_shuffle_as_barrier(float* out) {
   const int other = __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x), threadIdx.x ^ 1);
   out[threadIdx.x] = row[other];
 }
-__global__ void plant_global_race(float* out) {
-  out[0] = static_cast<float>(threadIdx.x + blockIdx.x);
-}
+__global__ void plant_global_race(float* out) { out[0] = static_cast<float>(threadIdx.x + blockIdx.x); }
 // Barriers order the threads of a block, never those of two blocks.
 __global__ void plant_global_race_after_barrier(float* out) {
   if (blockIdx.x == 0 && threadIdx.x == 0) out[0] = 1;
@@ -114,25 +112,18 @@ int run_planted(const std::string& name, std::vector<float>& results) {
   int ints[4] = {};
   const auto short_row = std::make_unique<float[]>(32);
   const std::map<std::string, std::function<void()>> plants = {
-      {"global_overrun",
-       [&] { TRITOOL_LAUNCH(plant_global_overrun, 1, 64, 0, nullptr, short_row.get(), 32); }},
+      {"global_overrun", [&] { TRITOOL_LAUNCH(plant_global_overrun, 1, 64, 0, nullptr, short_row.get(), 32); }},
       {"shared_overrun", [&] { TRITOOL_LAUNCH(plant_shared_overrun, 1, 32, 0, nullptr, out); }},
       {"shared_subscript", [&] { TRITOOL_LAUNCH(plant_shared_subscript, 1, 32, 0, nullptr, out); }},
       {"shared_leaked", [&] { TRITOOL_LAUNCH(plant_shared_leaked, 2, 1, 0, nullptr, &pointer); }},
-      {"misaligned_vector",
-       [&] { TRITOOL_LAUNCH(plant_misaligned_vector, 1, 1, 0, nullptr, out + 1, out); }},
+      {"misaligned_vector", [&] { TRITOOL_LAUNCH(plant_misaligned_vector, 1, 1, 0, nullptr, out + 1, out); }},
       {"global_race", [&] { TRITOOL_LAUNCH(plant_global_race, 2, 1, 0, nullptr, out); }},
-      {"global_race_after_barrier",
-       [&] { TRITOOL_LAUNCH(plant_global_race_after_barrier, 2, 32, 0, nullptr, out); }},
-      {"missing_syncthreads",
-       [&] { TRITOOL_LAUNCH(plant_missing_syncthreads, 1, 64, 0, nullptr, out); }},
+      {"global_race_after_barrier", [&] { TRITOOL_LAUNCH(plant_global_race_after_barrier, 2, 32, 0, nullptr, out); }},
+      {"missing_syncthreads", [&] { TRITOOL_LAUNCH(plant_missing_syncthreads, 1, 64, 0, nullptr, out); }},
       {"missing_syncwarp", [&] { TRITOOL_LAUNCH(plant_missing_syncwarp, 1, 32, 0, nullptr, out); }},
-      {"shuffle_as_barrier",
-       [&] { TRITOOL_LAUNCH(plant_shuffle_as_barrier, 1, 32, 0, nullptr, out); }},
-      {"syncwarp_of_another_group",
-       [&] { TRITOOL_LAUNCH(plant_syncwarp_of_another_group, 1, 32, 0, nullptr, out); }},
-      {"missing_fence",
-       [&] { TRITOOL_LAUNCH(plant_missing_fence, 2, 1, 0, nullptr, ints, ints + 2); }},
+      {"shuffle_as_barrier", [&] { TRITOOL_LAUNCH(plant_shuffle_as_barrier, 1, 32, 0, nullptr, out); }},
+      {"syncwarp_of_another_group", [&] { TRITOOL_LAUNCH(plant_syncwarp_of_another_group, 1, 32, 0, nullptr, out); }},
+      {"missing_fence", [&] { TRITOOL_LAUNCH(plant_missing_fence, 2, 1, 0, nullptr, ints, ints + 2); }},
   };
   const auto plant = plants.find(name);
   if (plant == plants.end()) {

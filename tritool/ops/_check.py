@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -72,12 +71,12 @@ def geometry_dtype(arguments: Iterable[Tensor]) -> torch.dtype:
 
 
 def positive_number(name: str, value: float) -> float:
-    """A finite number above 0."""
+    """A number above 0 that is neither 0 nor infinite in float32, not even times 1.44."""
     if isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a number, got a tensor; to learn it, multiply the input by it"
         )
     number = float(value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, got {value}")
+    if not 1e-30 <= number <= 1e30:
+        raise ValueError(f"{name} must be a number from 1e-30 to 1e30, got {value}")
     return number

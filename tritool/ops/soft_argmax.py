@@ -56,8 +56,8 @@ def soft_argmax2d(heatmaps: Tensor, *, inverse_temperature: float = 1.0) -> Tens
 
     Raises:
         TypeError: `heatmaps` is not a floating-point tensor.
-        ValueError: It has fewer than two dimensions, or `inverse_temperature` is not a finite
-            number above 0.
+        ValueError: It has fewer than two dimensions, or `inverse_temperature` is not from
+            1e-30 to 1e30.
 
     Example:
         >>> heatmap = torch.zeros(48, 64)
@@ -89,7 +89,7 @@ def soft_argmax3d(
     Raises:
         TypeError: `volumes` is not a floating-point tensor.
         ValueError: It has fewer than three dimensions, does not fit `grid`, or
-            `inverse_temperature` is not a finite number above 0.
+            `inverse_temperature` is not from 1e-30 to 1e30.
     """
     moments = _moments(volumes, "volumes", 3, inverse_temperature, covariance=False)
     return moments.mean if grid is None else _to_world(moments, volumes, grid).mean

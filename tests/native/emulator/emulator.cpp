@@ -244,8 +244,7 @@ void fiber_entry() {
 
 // The caller's part in an operation of its warp: arrives with `value`, returns when complete. Every
 // join is followed by a leave. `ordering`: accesses before are ordered before accesses after.
-Operation* join(Device& device, unsigned mask, uint64_t value, bool ordering, const char* name,
-                Site site) {
+Operation* join(Device& device, unsigned mask, uint64_t value, bool ordering, const char* name, Site site) {
   Fiber& self = *device.running;
   Warp& warp = *self.warp;
   const int lane = self.view.lane;
@@ -400,9 +399,8 @@ std::string whereabouts(const Fiber& fiber) {
 void report_deadlock(Device& device, const Fiber& waiting) {
   const Operation& operation = *waiting.operation;
   const int lane = __builtin_ctz(operation.wanted & ~operation.arrived);
-  const std::string what = std::string("deadlock: ") + operation.name +
-                           " waits for lanes that never come: lane " + std::to_string(lane) + ", " +
-                           whereabouts(waiting.warp->fibers[lane]);
+  const std::string what = std::string("deadlock: ") + operation.name + " waits for lanes that never come: lane " +
+                           std::to_string(lane) + ", " + whereabouts(waiting.warp->fibers[lane]);
   record_failure(device, what.c_str(), waiting.site, &waiting);
 }
 
@@ -422,8 +420,7 @@ bool pass_barrier(Device& device) {
     } else if (waiting == nullptr) {
       waiting = &fiber;
     } else if (!same_site(waiting->site, fiber.site)) {
-      const std::string what =
-          "mismatched __syncthreads(): " + whereabouts(*waiting) + ", and this one elsewhere";
+      const std::string what = "mismatched __syncthreads(): " + whereabouts(*waiting) + ", and this one elsewhere";
       record_failure(device, what.c_str(), fiber.site, &fiber);
       return false;
     }
@@ -456,8 +453,7 @@ void begin_threads(Device& device, uint3 block_idx, dim3 grid, dim3 block, size_
   for (size_t i = 0; i < device.threads; ++i) {
     const unsigned index = static_cast<unsigned>(i);
     Fiber& fiber = device.fibers[i];
-    fiber.view.thread_idx = {index % block.x, index / block.x % block.y,
-                             index / (block.x * block.y)};
+    fiber.view.thread_idx = {index % block.x, index / block.x % block.y, index / (block.x * block.y)};
     fiber.view.block_idx = block_idx;
     fiber.view.block_dim = block;
     fiber.view.grid_dim = grid;
@@ -528,8 +524,7 @@ void check_configuration(const std::string& kernel, dim3 grid, dim3 block, size_
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (block.x > 1024 || block.y > 1024 || block.z > 64 || threads < 1 || threads > kMaxThreads) {
     wrong = "block " + text(block) + " is not between 1 and 1024 threads, at most (1024, 1024, 64)";
-  } else if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 2147483647u || grid.y > 65535 ||
-             grid.z > 65535) {
+  } else if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) {
     wrong = "grid " + text(grid) + " is not between (1, 1, 1) and (2147483647, 65535, 65535)";
   } else if (shared_bytes > SharedMemory::kMaxDynamicBytes) {
     wrong = std::to_string(shared_bytes) + " bytes of dynamic shared memory, more than 227 KiB";
@@ -575,8 +570,8 @@ std::atomic<uint64_t>& seed_storage() {
 void set_seed(uint64_t seed) { seed_storage() = seed; }
 uint64_t seed() { return seed_storage(); }
 
-void run_grid(const char* kernel_name, dim3 grid, dim3 block, size_t shared_bytes,
-              void (*body)(const void*), const void* arguments) {
+void run_grid(const char* kernel_name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
+              const void* arguments) {
   const std::string kernel = std::string("tritool emulator: kernel ") + kernel_name;
   if (active != nullptr) throw std::runtime_error(kernel + ": launched by a kernel");
   check_configuration(kernel, grid, block, shared_bytes);
@@ -604,8 +599,7 @@ void run_grid(const char* kernel_name, dim3 grid, dim3 block, size_t shared_byte
   uint3 block_idx{};
   for (uint64_t i = 0; i < blocks && !device.failure.happened; ++i) {
     const uint64_t index = device.shuffled ? block_order[i] : i;
-    block_idx = {static_cast<unsigned>(index % grid.x),
-                 static_cast<unsigned>(index / grid.x % grid.y),
+    block_idx = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
                  static_cast<unsigned>(index / grid.x / grid.y)};
     run_block(device, block_idx, grid, block, i % sets * device.threads);
   }

@@ -40,10 +40,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ \
-  _Pragma("GCC error \"write TRITOOL_SHARED(T, name, n) for __shared__ T name[n]\"")
-#define __activemask() \
-  _Pragma("GCC error \"__activemask() depends on scheduling; pass the mask that is meant\"") 0u
+#define __shared__ _Pragma("GCC error \"write TRITOOL_SHARED(T, name, n) for __shared__ T name[n]\"")
+#define __activemask() _Pragma("GCC error \"__activemask() depends on scheduling; pass the mask that is meant\"") 0u
 
 // ---- CUDA's vector types ----
 
@@ -82,9 +80,7 @@ namespace tritool::emulator {
 struct Site {
   const char* file;
   int line;
-  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-    return {file, line};
-  }
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
 // The built-in variables of the thread that is running.
@@ -99,8 +95,8 @@ extern __thread const ThreadView* current_thread;
 // Runs `body(arguments)` once for every thread of the grid.
 // Throws std::runtime_error for an invalid configuration and for everything a thread did wrong;
 // the device can be used again afterwards.
-void run_grid(const char* kernel_name, dim3 grid, dim3 block, size_t shared_bytes,
-              void (*body)(const void*), const void* arguments);
+void run_grid(const char* kernel_name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(const void*),
+              const void* arguments);
 
 // Order of threads and blocks in the launches to come, of all host threads: 0 is ascending, every
 // other seed a shuffle, which is repeated at each barrier. Starts as TRITOOL_EMULATOR_SEED or 0.
@@ -125,8 +121,7 @@ void* dynamic_shared_memory();
 // ---- Launch and shared memory, typed ----
 
 template <class... Params, class... Args>
-void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
-            Args... args) {
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Args... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "wrong number of kernel arguments");
   static_assert((std::is_trivially_copyable_v<Params> && ...),
                 "kernel parameters are passed by value and copied byte by byte");
@@ -194,8 +189,7 @@ T atomic_update(T* address, Update update, Site site) {
     const T new_value = update(old_value);
     Bits new_bits;
     std::memcpy(&new_bits, &new_value, sizeof new_bits);
-    if (__atomic_compare_exchange_n(target, &old_bits, new_bits, true, __ATOMIC_RELAXED,
-                                    __ATOMIC_RELAXED)) {
+    if (__atomic_compare_exchange_n(target, &old_bits, new_bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
       return old_value;
     }
   }
@@ -215,17 +209,14 @@ using TritoolSite = ::tritool::emulator::Site;
 
 // ---- ... barriers, votes, shuffles ----
 
-inline void __syncthreads(TritoolSite site = TritoolSite::here()) {
-  ::tritool::emulator::sync_block(site);
-}
+inline void __syncthreads(TritoolSite site = TritoolSite::here()) { ::tritool::emulator::sync_block(site); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, TritoolSite site = TritoolSite::here()) {
   ::tritool::emulator::sync_warp(mask, site);
 }
 inline void __threadfence() { ::tritool::emulator::fence(); }
 inline void __threadfence_block() { ::tritool::emulator::fence(); }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate,
-                              TritoolSite site = TritoolSite::here()) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, TritoolSite site = TritoolSite::here()) {
   return ::tritool::emulator::ballot(mask, predicate != 0, "__ballot_sync", site);
 }
 inline int __any_sync(unsigned mask, int predicate, TritoolSite site = TritoolSite::here()) {
@@ -239,38 +230,31 @@ inline int __all_sync(unsigned mask, int predicate, TritoolSite site = TritoolSi
 // caller gets its own value back; an index wraps around, and __shfl_xor_sync may reach into an
 // earlier segment (PTX ISA, shfl.sync).
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32,
-              TritoolSite site = TritoolSite::here()) {
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, TritoolSite site = TritoolSite::here()) {
   ::tritool::emulator::check_width(width, site);
   const int start = ::tritool::emulator::current_thread->lane & ~(width - 1);
-  return ::tritool::emulator::shuffle_value(mask, value, start | (source & (width - 1)),
-                                            "__shfl_sync", site);
+  return ::tritool::emulator::shuffle_value(mask, value, start | (source & (width - 1)), "__shfl_sync", site);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                 TritoolSite site = TritoolSite::here()) {
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, TritoolSite site = TritoolSite::here()) {
   ::tritool::emulator::check_width(width, site);
   if (delta >= 32) ::tritool::emulator::fail("shuffle distance is 32 or more", site);
   const int lane = ::tritool::emulator::current_thread->lane;
   const int source = lane - static_cast<int>(delta);
   const bool inside = source >= (lane & ~(width - 1));
-  return ::tritool::emulator::shuffle_value(mask, value, inside ? source : lane, "__shfl_up_sync",
-                                            site);
+  return ::tritool::emulator::shuffle_value(mask, value, inside ? source : lane, "__shfl_up_sync", site);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                   TritoolSite site = TritoolSite::here()) {
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, TritoolSite site = TritoolSite::here()) {
   ::tritool::emulator::check_width(width, site);
   if (delta >= 32) ::tritool::emulator::fail("shuffle distance is 32 or more", site);
   const int lane = ::tritool::emulator::current_thread->lane;
   const int source = lane + static_cast<int>(delta);
   const bool inside = source <= (lane | (width - 1));
-  return ::tritool::emulator::shuffle_value(mask, value, inside ? source : lane, "__shfl_down_sync",
-                                            site);
+  return ::tritool::emulator::shuffle_value(mask, value, inside ? source : lane, "__shfl_down_sync", site);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
-                  TritoolSite site = TritoolSite::here()) {
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, TritoolSite site = TritoolSite::here()) {
   ::tritool::emulator::check_width(width, site);
   if (lane_mask < 0 || lane_mask >= 32) {
     ::tritool::emulator::fail("shuffle distance is 32 or more", site);
@@ -278,8 +262,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
   const int lane = ::tritool::emulator::current_thread->lane;
   const int source = lane ^ lane_mask;
   const bool inside = source <= (lane | (width - 1));
-  return ::tritool::emulator::shuffle_value(mask, value, inside ? source : lane, "__shfl_xor_sync",
-                                            site);
+  return ::tritool::emulator::shuffle_value(mask, value, inside ? source : lane, "__shfl_xor_sync", site);
 }
 
 // ---- ... memory ----
@@ -294,16 +277,14 @@ T __ldg(const T* address, TritoolSite site = TritoolSite::here()) {
 
 // Functions for exactly the types CUDA has, not a template: an argument of another type is
 // converted, as under nvcc.
-#define TRITOOL_EMULATED_ATOMIC(name, T, new_value)                             \
-  inline T name(T* address, T value, TritoolSite site = TritoolSite::here()) {  \
-    return ::tritool::emulator::atomic_update(                                  \
-        address, [value](T old) -> T { return (void)old, (new_value); }, site); \
+#define TRITOOL_EMULATED_ATOMIC(name, T, new_value)                                                                   \
+  inline T name(T* address, T value, TritoolSite site = TritoolSite::here()) {                                        \
+    return ::tritool::emulator::atomic_update(address, [value](T old) -> T { return (void)old, (new_value); }, site); \
   }
 TRITOOL_EMULATED_ATOMIC(atomicAdd, float, old + value)
 TRITOOL_EMULATED_ATOMIC(atomicAdd, double, old + value)
 TRITOOL_EMULATED_ATOMIC(atomicAdd, int,
-                        static_cast<int>(static_cast<unsigned>(old) +
-                                         static_cast<unsigned>(value)))  // wraps around
+                        static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(value)))  // wraps around
 TRITOOL_EMULATED_ATOMIC(atomicAdd, unsigned, old + value)
 TRITOOL_EMULATED_ATOMIC(atomicAdd, unsigned long long, old + value)
 TRITOOL_EMULATED_ATOMIC(atomicMax, int, old > value ? old : value)
@@ -315,10 +296,8 @@ TRITOOL_EMULATED_ATOMIC(atomicExch, unsigned, value)
 TRITOOL_EMULATED_ATOMIC(atomicExch, float, value)
 #undef TRITOOL_EMULATED_ATOMIC
 
-inline int atomicCAS(int* address, int expected, int desired,
-                     TritoolSite site = TritoolSite::here()) {
-  return ::tritool::emulator::atomic_update(
-      address, [=](int old) { return old == expected ? desired : old; }, site);
+inline int atomicCAS(int* address, int expected, int desired, TritoolSite site = TritoolSite::here()) {
+  return ::tritool::emulator::atomic_update(address, [=](int old) { return old == expected ? desired : old; }, site);
 }
 inline unsigned atomicCAS(unsigned* address, unsigned expected, unsigned desired,
                           TritoolSite site = TritoolSite::here()) {

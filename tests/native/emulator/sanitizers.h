@@ -63,9 +63,7 @@ class Edge {
 inline void* race_thread_create() { return __tsan_create_fiber(0); }
 inline void race_thread_destroy(void* thread) { __tsan_destroy_fiber(thread); }
 inline void* race_thread_current() { return __tsan_get_current_fiber(); }
-inline void race_thread_switch(void* thread) {
-  __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync);
-}
+inline void race_thread_switch(void* thread) { __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync); }
 
 #else
 

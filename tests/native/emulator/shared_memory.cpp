@@ -17,9 +17,7 @@ namespace {
 constexpr unsigned char kRedZoneByte = 0xFB;
 constexpr unsigned char kUnsetByte = 0xFF;  // of a NaN, as float and as double
 
-size_t round_up(size_t bytes, size_t multiple) {
-  return (bytes + multiple - 1) / multiple * multiple;
-}
+size_t round_up(size_t bytes, size_t multiple) { return (bytes + multiple - 1) / multiple * multiple; }
 
 // Words, not bytes, for speed; volatile, so that the loop does not become a call of memset, which
 // the sanitizers intercept. `begin` is aligned to 8.
@@ -40,8 +38,7 @@ bool is_filled(const unsigned char* begin, const unsigned char* end, unsigned ch
 }  // namespace
 
 void* map_pages(size_t bytes) {
-  void* const p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* const p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::runtime_error("tritool emulator: out of memory");
   return p;
 }
@@ -85,8 +82,7 @@ void SharedMemory::begin_block(size_t dynamic_bytes) {
   cut(nullptr, dynamic_bytes, {"dynamic shared memory", 0});
 }
 
-void* SharedMemory::array(const void* key, size_t bytes, size_t alignment, Site site,
-                          const char** error) {
+void* SharedMemory::array(const void* key, size_t bytes, size_t alignment, Site site, const char** error) {
   for (int i = 1; i < count_; ++i) {
     if (arrays_[i].key == key) return arrays_[i].begin;
   }

@@ -37,8 +37,7 @@ class SharedMemory {
  private:
   static constexpr size_t kRedZoneBytes = 64;  // a multiple of every alignment
   static constexpr int kMaxArrays = 64;
-  static constexpr size_t kMaxBlockBytes =
-      kMaxStaticBytes + kMaxDynamicBytes + (kMaxArrays + 1) * 2 * kRedZoneBytes;
+  static constexpr size_t kMaxBlockBytes = kMaxStaticBytes + kMaxDynamicBytes + (kMaxArrays + 1) * 2 * kRedZoneBytes;
   static constexpr size_t kMappedBytes = 8 << 20;
   static_assert(kMaxBlockBytes < kMappedBytes);
 
