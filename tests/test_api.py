@@ -22,6 +22,8 @@ def signature_of(value: object) -> str:
         text = str(inspect.signature(value))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return ""
+    # How a named tuple's annotations print depends on the version of Python.
+    text = re.sub(r"ForwardRef\('(\w+)'[^)]*\)|'(\w+)'(?=[,)])", r"\1\2", text)
     return re.sub(r"\s+", " ", text)
 
 
