@@ -23,7 +23,7 @@ def signature_of(value: object) -> str:
     except (TypeError, ValueError):
         return ""
     # How a named tuple's annotations print depends on the version of Python.
-    text = re.sub(r"ForwardRef\('(\w+)'[^)]*\)|'(\w+)'(?=[,)])", r"\1\2", text)
+    text = re.sub(r"ForwardRef\('(\w+)'[^)]*\)", r"'\1'", text)
     return re.sub(r"\s+", " ", text)
 
 
