@@ -35,7 +35,7 @@ def _load_bridge() -> Any:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    pytest.skip(f"no tritool_bridge in {folder}; type: make native", allow_module_level=True)
+    pytest.skip(reason=f"no tritool_bridge in {folder}; type: make native", allow_module_level=True)
 
 
 bridge = _load_bridge()

@@ -258,7 +258,7 @@ def test_times_take_turns() -> None:
 def test_peak_memory_counts_what_is_freed() -> None:
     """In a fresh process whose malloc gives pages back: 32 MiB that live only during the call."""
     if not bench.can_reset_peak():
-        pytest.skip("this system does not let a process reset the peak of its memory")
+        pytest.skip(reason="this system does not let a process reset the peak of its memory")
     program = (
         "import bench, torch\nprint(bench.peak_memory(lambda: torch.ones(8 << 20).sum(), 'cpu'))"
     )
@@ -398,7 +398,7 @@ def test_gpu_test_claims_only_what_ran(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_cuda_smoke_skips_without_a_gpu() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU; gpu_test.py runs the script under compute-sanitizer")
+        pytest.skip(reason="there is a GPU; gpu_test.py runs the script under compute-sanitizer")
     script = ROOT / "tests" / "native" / "cuda_smoke.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 77

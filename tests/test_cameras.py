@@ -205,7 +205,7 @@ def shared_data(name):
     root = os.environ.get("TRITOOL_SHARED", Path(__file__).parents[2] / "shared")
     path = Path(root) / "data" / name
     if not path.is_file():
-        pytest.skip(f"real data {name} is not here (set TRITOOL_SHARED)")
+        pytest.skip(reason=f"real data {name} is not here (set TRITOOL_SHARED)")
     return np.load(path, allow_pickle=False)
 
 

@@ -34,7 +34,7 @@ Arrays = dict[str, Any]
 def shared(name: str) -> Path:
     path = SHARED / "data" / name
     if not path.exists():
-        pytest.skip(f"{path} is absent: real recordings are not part of the repository")
+        pytest.skip(reason=f"{path} is absent: real recordings are not part of the repository")
     return path
 
 
