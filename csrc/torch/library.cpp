@@ -56,13 +56,11 @@ void check_launch(int error, const char* op) {
   m.impl("project", TORCH_BOX(&tritool::project));                           \
   m.impl("project_backward", TORCH_BOX(&tritool::project_backward));         \
   m.impl("softmax_moments", TORCH_BOX(&tritool::softmax_moments));           \
-  m.impl("softmax_moments_backward", TORCH_BOX(&tritool::softmax_moments_backward));
+  m.impl("softmax_moments_backward", TORCH_BOX(&tritool::softmax_moments_backward))
 
-STABLE_TORCH_LIBRARY_IMPL(tritool, CPU, m){TRITOOL_IMPLEMENT(m)}
+STABLE_TORCH_LIBRARY_IMPL(tritool, CPU, m) { TRITOOL_IMPLEMENT(m); }
 // Also where the CUDA kernels were not built: the op then says so, instead of the dispatcher's riddle.
-STABLE_TORCH_LIBRARY_IMPL(tritool, CUDA, m) {
-  TRITOOL_IMPLEMENT(m)
-}
+STABLE_TORCH_LIBRARY_IMPL(tritool, CUDA, m) { TRITOOL_IMPLEMENT(m); }
 
 // What this binary holds, for `tritool info` (read by ctypes in tritool/_native.py).
 extern "C" __attribute__((visibility("default"))) const char* tritool_cpu_variant() { return tritool::isa_name(); }
