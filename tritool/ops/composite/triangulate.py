@@ -1,40 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops in plain PyTorch: for second derivatives, and where nothing is compiled.
-
-Slow beside the kernels and accurate: geometry is computed in float64 whatever comes in. The
-formulas here are for autograd, the ones for the kernels are in csrc/math; tests compare both with
-tritool.reference.
-"""
+"""Triangulation in plain PyTorch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tritool.ops.composite._vjp import vjp
+
 __all__ = [
-    "accumulator_dtype",
-    "project",
-    "project_backward",
-    "project_double_backward",
-    "softmax_moments",
-    "softmax_moments_backward",
-    "softmax_moments_double_backward",
     "triangulate",
     "triangulate_backward",
     "triangulate_double_backward",
 ]
-
-
-def _vjp(function: Callable[..., Any], *inputs: Tensor) -> tuple[Any, Callable[..., Any]]:
-    outputs, pull = torch.func.vjp(function, *inputs)[:2]
-    return outputs, pull
-
-
-# ---- Triangulation ----
 
 
 def triangulate(
@@ -82,7 +63,7 @@ def triangulate_double_backward(
         given = inputs[3] if weights is not None else None
         return tuple(_gradient(inputs[0], inputs[1], inputs[2], given, homogeneous, start, wanted))
 
-    _, pull = _vjp(gradient, *inputs)
+    _, pull = vjp(gradient, *inputs)
     results = pull(tuple(c for c, want in zip(cotangents, wanted, strict=True) if want))
     return *results, *(None,) * (4 - len(results))
 
@@ -103,7 +84,7 @@ def _gradient(
 
     # An incoming NaN must not survive as 0 * NaN at a point that is not valid.
     grad = torch.where(start.isnan(), 0, grad)
-    _, pull = _vjp(forward, *(inputs[i] for i in chosen))
+    _, pull = vjp(forward, *(inputs[i] for i in chosen))
     return list(pull(grad))
 
 
@@ -194,159 +175,3 @@ def _solve3(matrix: Tensor, right: Tensor) -> Tensor:
     numerators = [cross, torch.linalg.cross(third, first), torch.linalg.cross(first, second)]
     solution: Tensor = torch.stack([(right * n).sum(-1) for n in numerators], -1) / determinant
     return solution
-
-
-# ---- Projection ----
-
-
-def project(points: Tensor, projections: Tensor) -> Tensor:
-    """See `tritool.ops.project`; the arguments are those of `Project.apply`."""
-    homogeneous = (projections[..., :3] @ points[..., None, :, None]).squeeze(-1)
-    image = homogeneous + projections[..., 3]
-    visible = (image[..., 2:] > 0) & image.isfinite().all(-1, keepdim=True)
-    # Once more on harmless values, so that no NaN is differentiated.
-    safe_points = torch.where(points.isfinite(), points, 0)[..., None, :, None]
-    safe = torch.where(visible[..., None], projections, 0)
-    image = (safe[..., :3] @ safe_points).squeeze(-1) + safe[..., 3]
-    pixels = image[..., :2] / torch.where(visible, image[..., 2:], 1)
-    return torch.where(visible & pixels.isfinite().all(-1, keepdim=True), pixels, torch.nan)
-
-
-def project_backward(
-    grad: Tensor, points: Tensor, projections: Tensor, want_points: bool, want_projections: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients that are wanted, and empty tensors for the others."""
-    wanted = (want_points, want_projections)
-    grads = _project_gradient(grad, points, projections, wanted)
-    results = [grads.pop(0) if want else points.new_empty(0) for want in wanted]
-    return results[0], results[1]
-
-
-def project_double_backward(
-    cotangents: Sequence[Tensor],
-    grad: Tensor,
-    points: Tensor,
-    projections: Tensor,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """The gradients of <cotangents, gradients of Project> to grad, points and projections."""
-
-    def gradient(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_project_gradient(inputs[0], inputs[1], inputs[2], wanted))
-
-    _, pull = _vjp(gradient, grad, points, projections)
-    given = tuple(c for c, want in zip(cotangents, wanted, strict=True) if want)
-    grads: tuple[Tensor, ...] = pull(given)
-    return grads
-
-
-def _project_gradient(
-    grad: Tensor, points: Tensor, projections: Tensor, wanted: Sequence[bool]
-) -> list[Tensor]:
-    pixels, pull = _vjp(project, points, projections)
-    grads = pull(torch.where(pixels.isnan(), 0, grad))
-    return [g for g, want in zip(grads, wanted, strict=True) if want]
-
-
-# ---- Softmax moments ----
-
-
-def accumulator_dtype(logits: Tensor) -> torch.dtype:
-    """What logits are summed in, and their moments come back in."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def softmax_moments(
-    logits: Tensor, dims: int, inverse_temperature: float, with_covariance: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `tritool.ops.softmax_moments2d`; the arguments are those of `SoftmaxMoments.apply`."""
-    dtype = accumulator_dtype(logits)
-    mean, covariance, log_partition = _moments(logits, dims, inverse_temperature)
-    # The backward of the kernels makes weights from an integer level in base 2 and their sum.
-    flat = logits.flatten(-dims).double() * (inverse_temperature / math.log(2))
-    level = flat.amax(-1).ceil() if flat.shape[-1] else flat.sum(-1) - torch.inf
-    total = (flat - torch.where(level.isinf() & (level < 0), 0, level)[..., None]).exp2().sum(-1)
-    partition = torch.stack([level, total], -1)
-    if not with_covariance:
-        covariance = covariance.new_empty(0)
-    return mean.to(dtype), covariance.to(dtype), log_partition.to(dtype), partition.to(dtype)
-
-
-def softmax_moments_backward(
-    grad_mean: Tensor | None,
-    grad_covariance: Tensor | None,
-    grad_log_partition: Tensor | None,
-    logits: Tensor,
-    mean: Tensor,
-    covariance: Tensor,
-    partition: Tensor,
-    dims: int,
-    inverse_temperature: float,
-) -> Tensor:
-    """The gradient to the logits."""
-    grads = (grad_mean, grad_covariance, grad_log_partition)
-    gradient = _moments_gradient(grads, logits, dims, inverse_temperature)
-    return torch.empty_like(logits).copy_(gradient)
-
-
-def softmax_moments_double_backward(
-    cotangent: Tensor,
-    grads: Sequence[Tensor | None],
-    logits: Tensor,
-    dims: int,
-    inverse_temperature: float,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of <cotangent, gradient of SoftmaxMoments> to its gradients and logits."""
-    present = [g for g in grads if g is not None]
-
-    def gradient(*inputs: Tensor) -> Tensor:
-        left = list(inputs[:-1])
-        given = [left.pop(0) if g is not None else None for g in grads]
-        return _moments_gradient(given, inputs[-1], dims, inverse_temperature)
-
-    _, pull = _vjp(gradient, *present, logits)
-    results = list(pull(cotangent))
-    return *(results.pop(0) if g is not None else None for g in grads), results[-1]
-
-
-def _moments_gradient(
-    grads: Sequence[Tensor | None], logits: Tensor, dims: int, inverse_temperature: float
-) -> Tensor:
-    moments, pull = _vjp(lambda x: _moments(x, dims, inverse_temperature), logits)
-    spoilt = moments[0].isnan().any(-1)
-
-    def clean(grad: Tensor | None, moment: Tensor) -> Tensor:
-        # An incoming NaN must not survive as 0 * NaN in a map that has no mean.
-        if grad is None:
-            return torch.zeros_like(moment)
-        where = spoilt.reshape(*spoilt.shape, *(1,) * (moment.dim() - spoilt.dim()))
-        return torch.where(where, 0, grad.to(moment.dtype))
-
-    (gradient,) = pull(tuple(clean(g, m) for g, m in zip(grads, moments, strict=True)))
-    return gradient  # type: ignore[no-any-return]
-
-
-def _moments(
-    logits: Tensor, dims: int, inverse_temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, covariance and log-partition in float64."""
-    size = logits.shape[-dims:]
-    flat = logits.flatten(-dims).double() * inverse_temperature
-    nothing = (flat == -torch.inf).all(-1)
-    spoilt = nothing | flat.isnan().any(-1) | (flat == torch.inf).any(-1)
-    flat = torch.where(spoilt[..., None], 0, flat)
-    weights = flat.softmax(-1)
-    axes = [torch.arange(n, dtype=torch.float64, device=logits.device) for n in size]
-    places = torch.stack([a.flatten() for a in torch.meshgrid(*axes, indexing="ij")], -1)
-    if dims == 2:
-        places = places.flip(-1)  # (x, y), where a heat map is [H, W]
-    mean = weights @ places
-    squares = (places[:, :, None] * places[:, None, :]).flatten(-2)
-    second = (weights @ squares).unflatten(-1, (dims, dims))
-    covariance = second - mean[..., :, None] * mean[..., None, :]
-    log_partition = torch.where(spoilt, torch.nan, flat.logsumexp(-1))
-    return (
-        torch.where(spoilt[..., None], torch.nan, mean),
-        torch.where(spoilt[..., None, None], torch.nan, covariance),
-        torch.where(nothing, -torch.inf, log_partition),
-    )

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops in plain PyTorch: for second derivatives, and where nothing is compiled.
+
+Slow beside the kernels and accurate: geometry is computed in float64 whatever comes in. The
+formulas here are for autograd, the ones for the kernels are in csrc/math; tests compare both with
+tritool.reference.
+"""
+
+from __future__ import annotations
+
+from tritool.ops.composite.project import project, project_backward, project_double_backward
+from tritool.ops.composite.soft_argmax import (
+    accumulator_dtype,
+    softmax_moments,
+    softmax_moments_backward,
+    softmax_moments_double_backward,
+)
+from tritool.ops.composite.triangulate import (
+    triangulate,
+    triangulate_backward,
+    triangulate_double_backward,
+)
+
+__all__ = [
+    "accumulator_dtype",
+    "project",
+    "project_backward",
+    "project_double_backward",
+    "softmax_moments",
+    "softmax_moments_backward",
+    "softmax_moments_double_backward",
+    "triangulate",
+    "triangulate_backward",
+    "triangulate_double_backward",
+]
