@@ -13,6 +13,7 @@ from tritool.ops.soft_argmax import (
     softmax_moments3d,
 )
 from tritool.ops.triangulate import Triangulate, triangulate
+from tritool.ops.unproject import Unproject, unproject
 
 __all__ = [
     "Moments",
@@ -21,10 +22,12 @@ __all__ = [
     "SoftArgmax3d",
     "SoftmaxMoments",
     "Triangulate",
+    "Unproject",
     "project",
     "soft_argmax2d",
     "soft_argmax3d",
     "softmax_moments2d",
     "softmax_moments3d",
     "triangulate",
+    "unproject",
 ]

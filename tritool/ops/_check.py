@@ -11,7 +11,9 @@ from torch import Tensor
 __all__ = [
     "align_batch",
     "broadcast_batch",
+    "exactly",
     "geometry_dtype",
+    "one_of",
     "positive_number",
     "tensors",
     "trailing",
@@ -45,6 +47,24 @@ def trailing(
     if not fits:
         views = f" with C = {sizes[0]} as in {of}" if of else ""
         raise ValueError(f"{name} must be {pattern}{views}, got {tuple(tensor.shape)}")
+
+
+def exactly(
+    name: str, tensor: Tensor, pattern: str, sizes: Sequence[int | None], of: str = ""
+) -> None:
+    """All dimensions have these sizes; None: any."""
+    if tensor.dim() != len(sizes) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, sizes, strict=True)
+    ):
+        like = f" to fit {of}, {list(sizes)}" if of else ""
+        like = like.replace("None", "any")
+        raise ValueError(f"{name} must be {pattern}{like}, got {tuple(tensor.shape)}")
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    """An option is one of these."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def broadcast_batch(batches: Mapping[str, Sequence[int]]) -> tuple[int, ...]:

@@ -62,8 +62,7 @@ def triangulate(
         >>> triangulate(project(point, P), P)
         tensor([ 0.5000, -0.2500,  1.0000])
     """
-    if mode not in _MODES:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, _MODES))}, got {mode!r}")
+    _check.one_of("mode", mode, _MODES)
     if reweight < 0:
         raise ValueError(f"reweight must be 0 or more rounds, got {reweight}")
     homogeneous = mode == "homogeneous"

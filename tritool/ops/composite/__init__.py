@@ -20,6 +20,11 @@ from tritool.ops.composite.triangulate import (
     triangulate_backward,
     triangulate_double_backward,
 )
+from tritool.ops.composite.unproject import (
+    unproject,
+    unproject_backward,
+    unproject_double_backward,
+)
 
 __all__ = [
     "accumulator_dtype",
@@ -32,4 +37,7 @@ __all__ = [
     "triangulate",
     "triangulate_backward",
     "triangulate_double_backward",
+    "unproject",
+    "unproject_backward",
+    "unproject_double_backward",
 ]
