@@ -71,6 +71,9 @@ TRITOOL_PACK_COMPARISON(!=)
 TRITOOL_PACK TRITOOL_HD PackMask<T, N> operator&(const PackMask<T, N>& a, const PackMask<T, N>& b) {
   return PackMask<T, N>{a.v & b.v};
 }
+TRITOOL_PACK TRITOOL_HD PackMask<T, N> operator|(const PackMask<T, N>& a, const PackMask<T, N>& b) {
+  return PackMask<T, N>{a.v | b.v};
+}
 TRITOOL_PACK TRITOOL_HD PackMask<T, N> operator!(const PackMask<T, N>& a) { return PackMask<T, N>{~a.v}; }
 TRITOOL_PACK TRITOOL_HD Pack<T, N> select(const PackMask<T, N>& mask, const Pack<T, N>& a, const Pack<T, N>& b) {
   return Pack<T, N>::of(mask.v ? a.v : b.v);

@@ -14,11 +14,17 @@ struct Projection {
   Mask<T> visible;
 };
 
+// h = P (X, 1)
+template <class T>
+TRITOOL_HD void image_of(const T (&point)[3], const T (&matrix)[3][4], T (&image)[3]) {
+  for (int i = 0; i < 3; ++i)
+    image[i] = matrix[i][0] * point[0] + matrix[i][1] * point[1] + matrix[i][2] * point[2] + matrix[i][3];
+}
+
 template <class T>
 TRITOOL_HD Projection<T> project_point(const T (&point)[3], const T (&matrix)[3][4]) {
   T image[3];
-  for (int i = 0; i < 3; ++i)
-    image[i] = matrix[i][0] * point[0] + matrix[i][1] * point[1] + matrix[i][2] * point[2] + matrix[i][3];
+  image_of(point, matrix, image);
   Projection<T> result;
   result.depth = image[2];
   const T x = image[0] / image[2], y = image[1] / image[2];

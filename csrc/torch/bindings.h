@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "torch/check.h"
 
@@ -34,5 +35,18 @@ Tensor softmax_moments_backward(const std::optional<Tensor>& grad_mean, const st
                                 const std::optional<Tensor>& grad_log_partition, const Tensor& logits,
                                 const Tensor& mean, const Tensor& covariance, const Tensor& partition, int64_t dims,
                                 double inverse_temperature);
+
+// features [batch, C, K, H, W], projections [batch, C, 3, 4], confidences [batch, C, K]; grid [batch, 4, 3] with size
+// (X, Y, Z), or points [batch, N, 3] with size (); all with the full batch -> volume [batch, K, N]
+Tensor unproject(const Tensor& features, const Tensor& projections, const Tensor& grid,
+                 const std::optional<Tensor>& confidences, std::vector<int64_t> size, int64_t aggregation, bool exclude,
+                 bool official, bool channels_last);
+// grad [batch, K, N] -> gradients to features (in their own strides), projections, grid, confidences; empty [0] where
+// not wanted
+std::tuple<Tensor, Tensor, Tensor, Tensor> unproject_backward(
+    const Tensor& grad, const Tensor& features, const Tensor& projections, const Tensor& grid,
+    const std::optional<Tensor>& confidences, std::vector<int64_t> size, int64_t aggregation, bool exclude,
+    bool official, bool deterministic, bool want_features, bool want_projections, bool want_grid,
+    bool want_confidences);
 
 }  // namespace tritool

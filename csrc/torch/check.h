@@ -16,6 +16,7 @@
 
 #include "kernels/batch.h"
 #include "kernels/shared_sum.h"
+#include "math/half.h"
 
 struct CUstream_st;
 
@@ -128,6 +129,35 @@ void dispatch_real(const Tensor& tensor, const char* op, Function&& function) {
     default:
       STD_TORCH_CHECK(false, op, " takes float32 or float64, got ", torch::headeronly::toString(tensor.scalar_type()));
   }
+}
+
+// Maps and features: also the 16-bit types, which the kernels know by bits of their own (math/half.h).
+template <class Function>
+void dispatch_element(const Tensor& tensor, const char* op, Function&& function) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return function(float{});
+    case ScalarType::Double:
+      return function(double{});
+    case ScalarType::Half:
+      return function(Float16{});
+    case ScalarType::BFloat16:
+      return function(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, " takes float32, float64, float16 or bfloat16, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// The dtype of Accumulator<In>.
+inline ScalarType accumulator_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The element pointer as the kernels' own type.
+template <class In>
+In* data_of(const Tensor& tensor) {
+  return static_cast<In*>(tensor.data_ptr());
 }
 
 }  // namespace tritool

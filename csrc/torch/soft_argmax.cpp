@@ -8,32 +8,6 @@ namespace {
 
 constexpr double kLog2OfE = 1.4426950408889634074;
 
-ScalarType accumulator_dtype(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-template <class Function>
-void dispatch_logits(const Tensor& logits, const char* op, Function&& function) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return function(float{});
-    case ScalarType::Double:
-      return function(double{});
-    case ScalarType::Half:
-      return function(Float16{});
-    case ScalarType::BFloat16:
-      return function(BFloat16{});
-    default:
-      STD_TORCH_CHECK(false, op, " takes float32, float64, float16 or bfloat16 logits");
-  }
-}
-
-// The element pointer as the kernels' own type: float16 and bfloat16 are 16 bits to them.
-template <class In>
-In* data_of(const Tensor& tensor) {
-  return static_cast<In*>(tensor.data_ptr());
-}
-
 void check_logits(const Tensor& logits, int64_t dims, const char* op) {
   check_device(logits, op);
   STD_TORCH_CHECK((dims == 2 || dims == 3) && logits.dim() >= dims, op, ": logits must have ", dims,
@@ -67,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_moments(const Tensor& logits,
       torch::stable::new_empty(logits, with_covariance ? with(batch, {dims, dims}) : std::vector<int64_t>{0}, dtype);
   Tensor log_partition = torch::stable::new_empty(logits, batch, dtype);
   Tensor partition = torch::stable::new_empty(logits, with(batch, {2}), dtype);
-  dispatch_logits(logits, kOp, [&](auto element) {
+  dispatch_element(logits, kOp, [&](auto element) {
     using In = decltype(element);
     using T = Accumulator<In>;
     SoftmaxMomentsParams<In> params{};
@@ -126,7 +100,7 @@ Tensor softmax_moments_backward(const std::optional<Tensor>& grad_mean, const st
   const auto of_grad_log = small(grad_log_partition, "grad_log_partition", {});
   Tensor grad_logits = torch::stable::empty_like(logits);
 
-  dispatch_logits(logits, kOp, [&](auto element) {
+  dispatch_element(logits, kOp, [&](auto element) {
     using In = decltype(element);
     using T = Accumulator<In>;
     using Params = SoftmaxMomentsBackwardParams<In>;

@@ -1,0 +1,705 @@
+// SPDX-License-Identifier: Apache-2.0
+// A block of voxels is projected into every view at once, one SIMD lane per voxel, in float64: that is cheap beside the
+// sampling, and float32 would cost 1e-5 pixels. Then each voxel's channels are sampled and aggregated, lanes along the
+// channels. The backward samples again and scatters each view's gradient before it turns to the next voxel, so nothing
+// per view and voxel is ever kept.
+#include <cstdlib>
+#include <type_traits>
+
+#include "kernels/lanes.h"
+#include "kernels/unproject.h"
+#include "math/unproject.h"
+
+namespace tritool {
+namespace cpu {
+namespace TRITOOL_ISA {
+namespace {
+
+constexpr int kBlock = int(kUnprojectBlock);
+using Lanes = Pack<double, kBlock>;
+
+// Memory of one call, released with it.
+template <class E>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(static_cast<E*>(std::aligned_alloc(64, bytes(count)))) {
+    if (data_ == nullptr) std::abort();  // a few kilobytes
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  E& operator[](int64_t i) { return data_[i]; }
+  E* data() { return data_; }
+
+ private:
+  static size_t bytes(int64_t count) { return (static_cast<size_t>(count) * sizeof(E) + 63) / 64 * 64 + 64; }
+  E* data_;
+};
+
+enum State : uint8_t { kUnseen, kSeen, kUnknown };
+
+// Where one view samples a block of voxels.
+template <class T>
+struct BlockTaps {
+  int32_t offset[4][kBlock];  // elements from the start of the view's map: pixels (0, 0), (1, 0), (0, 1), (1, 1)
+  T weight[4][kBlock];
+  T slope_x[4][kBlock];  // d weight / d pixel
+  T slope_y[4][kBlock];
+  State state[kBlock];
+};
+
+// One item's geometry.
+struct Item {
+  double frame[4][3];
+  const double* matrices;  // [C, 3, 4]
+};
+
+template <class In>
+void load_matrices(const UnprojectParams<In>& params, const Accumulator<In>* projections, double* matrices) {
+  for (int view = 0; view < params.views; ++view)
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 4; ++j)
+        *matrices++ = double(projections[view * params.projections_stride[0] + i * params.projections_stride[1] +
+                                         j * params.projections_stride[2]]);
+}
+
+// Confidences as rows of the features' length, 1 beyond the channels.
+template <class In>
+void load_confidences(const UnprojectParams<In>& params, const Accumulator<In>* confidences, Accumulator<In>* rows) {
+  for (int view = 0; view < params.views; ++view)
+    for (int64_t k = 0; k < params.rows.row; ++k)
+      *rows++ = k < params.channels
+                    ? confidences[view * params.confidences_stride[0] + k * params.confidences_stride[1]]
+                    : Accumulator<In>(1);
+}
+
+// Index coordinates and world coordinates of a block of voxels; lanes past the last voxel repeat it.
+struct BlockPoints {
+  Lanes index[3];
+  Lanes world[3];
+};
+
+template <class In>
+void load_points(const UnprojectParams<In>& params, const Accumulator<In>* grid, int64_t first, int lanes,
+                 BlockPoints& points) {
+  if (params.grid_size[0] == 0) {
+    for (int lane = 0; lane < kBlock; ++lane) {
+      const auto* point = grid + (first + (lane < lanes ? lane : lanes - 1)) * params.grid_stride[0];
+      for (int a = 0; a < 3; ++a) points.world[a].v[lane] = double(point[a * params.grid_stride[1]]);
+    }
+    return;
+  }
+  const int64_t depth = params.grid_size[1], width = params.grid_size[2];
+  int64_t k = first % width, j = first / width % depth, i = first / width / depth;
+  for (int lane = 0; lane < kBlock; ++lane) {
+    points.index[0].v[lane] = double(i);
+    points.index[1].v[lane] = double(j);
+    points.index[2].v[lane] = double(k);
+    if (lane + 1 >= lanes) continue;
+    if (++k == width) {
+      k = 0;
+      if (++j == depth) {
+        j = 0;
+        ++i;
+      }
+    }
+  }
+  Lanes frame[4][3];
+  for (int row = 0; row < 4; ++row)
+    for (int a = 0; a < 3; ++a)
+      frame[row][a] = Lanes(double(grid[row * params.grid_stride[0] + a * params.grid_stride[1]]));
+  voxel_center(frame, points.index[0], points.index[1], points.index[2], points.world);
+}
+
+TRITOOL_HD void load_matrix(const double* matrix, Lanes (&lanes)[3][4]) {
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 4; ++j) lanes[i][j] = Lanes(matrix[4 * i + j]);
+}
+
+template <class T>
+TRITOOL_HD void store_lanes(T* to, const Lanes& lanes) {
+  for (int lane = 0; lane < kBlock; ++lane) to[lane] = T(lanes.v[lane]);
+}
+
+template <class In>
+FeatureMap<double> feature_map(const UnprojectParams<In>& params) {
+  const double width = double(params.width), height = double(params.height);
+  return {width, height, params.official ? (width - 1) / height : 1.0, params.official ? (height - 1) / width : 1.0};
+}
+
+template <bool kSlopes, class In>
+void find_taps(const UnprojectParams<In>& params, const BlockPoints& points, const double* matrix,
+               BlockTaps<Accumulator<In>>& taps) {
+  const FeatureMap<double> map = feature_map(params);
+  const FeatureMap<Lanes> map_lanes{Lanes(map.width), Lanes(map.height), Lanes(map.scale_x), Lanes(map.scale_y)};
+  Lanes matrix_lanes[3][4];
+  load_matrix(matrix, matrix_lanes);
+  const Footprint<Lanes> footprint = footprint_of(points.world, matrix_lanes, map_lanes);
+  const Lanes row = Lanes(double(params.rows.row)), line = Lanes(double(params.rows.row * params.width));
+  for (int j = 0; j < 2; ++j) {
+    for (int i = 0; i < 2; ++i) {
+      const int tap = 2 * j + i;
+      // Exact: a map has fewer than 2^31 elements.
+      const Lanes offset = footprint.row[j] * line + footprint.column[i] * row;
+      for (int lane = 0; lane < kBlock; ++lane) taps.offset[tap][lane] = int32_t(offset.v[lane]);
+      store_lanes(taps.weight[tap], footprint.along_x[i] * footprint.along_y[j]);
+      if constexpr (kSlopes) {
+        store_lanes(taps.slope_x[tap], footprint.slope_x[i] * footprint.along_y[j]);
+        store_lanes(taps.slope_y[tap], footprint.along_x[i] * footprint.slope_y[j]);
+      }
+    }
+  }
+  for (int lane = 0; lane < kBlock; ++lane)
+    taps.state[lane] = footprint.seen.v[lane] ? kSeen : footprint.unknown.v[lane] ? kUnknown : kUnseen;
+}
+
+template <class P, class T = Real<P>>
+TRITOOL_HD P load_pack(const T* from) {
+  P pack;
+  memcpy(&pack.v, from, sizeof pack.v);
+  return pack;
+}
+template <class P, class T = Real<P>>
+TRITOOL_HD void store_pack(T* to, const P& pack) {
+  memcpy(to, &pack.v, sizeof pack.v);
+}
+
+// kPacks packs of the channels of one voxel in one view.
+template <class P, int kPacks>
+TRITOOL_HD void sample(const BlockTaps<Real<P>>& taps, int lane, const Real<P>* map, P (&value)[kPacks]) {
+  using T = Real<P>;
+  const T* from[4];
+  P weight[4];
+  for (int tap = 0; tap < 4; ++tap) {
+    from[tap] = map + taps.offset[tap][lane];
+    weight[tap] = P(taps.weight[tap][lane]);
+  }
+  for (int p = 0; p < kPacks; ++p) {
+    const int64_t at = p * P::kLanes;
+    value[p] = weight[0] * load_pack<P>(from[0] + at) + weight[1] * load_pack<P>(from[1] + at) +
+               (weight[2] * load_pack<P>(from[2] + at) + weight[3] * load_pack<P>(from[3] + at));
+  }
+}
+
+// What the inner loops see of an item: views' taps, and rows of features and confidences.
+template <class T>
+struct Views {
+  int count;
+  bool exclude;
+  const BlockTaps<T>* taps;
+  const T* features;
+  int64_t map;           // elements from one view's features to the next
+  const T* confidences;  // [C, row] or null
+  int64_t row;
+};
+
+template <class P, bool kWeighted>
+TRITOOL_HD P confidence_of(const Views<Real<P>>& views, int view, int64_t channel) {
+  if constexpr (kWeighted) return load_pack<P>(views.confidences + view * views.row + channel);
+  return P(Real<P>(1));
+}
+
+// The first views' samples are kept from the first pass of the backward to its second.
+constexpr int kKept = 8;
+
+// The views of the channels `channel` .. of one voxel, put together; `sampled` false: with values of 0.
+template <class P, int kPacks, Aggregation kBy, bool kWeighted>
+TRITOOL_HD void aggregate(const Views<Real<P>>& views, int lane, int64_t channel, bool sampled,
+                          ViewAggregate<P, kBy, kWeighted> (&result)[kPacks], P (*kept)[kPacks] = nullptr) {
+  using T = Real<P>;
+  for (int view = 0; view < views.count; ++view) {
+    const BlockTaps<T>& taps = views.taps[view];
+    const State state = taps.state[lane];
+    if (state == kUnseen && views.exclude) continue;
+    P value[kPacks];
+    if (state == kSeen && sampled) {
+      sample(taps, lane, views.features + view * views.map + channel, value);
+    } else {
+      for (int p = 0; p < kPacks; ++p) value[p] = P(T(0));
+    }
+    for (int p = 0; p < kPacks; ++p) {
+      if (kept != nullptr && view < kKept) kept[view][p] = value[p];
+      const P confidence = confidence_of<P, kWeighted>(views, view, channel + p * P::kLanes);
+      if (state == kUnknown)
+        result[p].add_unknown(confidence);
+      else
+        result[p].add(value[p], confidence);
+    }
+  }
+}
+
+// kPacks packs of channels of a block of voxels, to tile [voxel, channel].
+template <class P, int kPacks, Aggregation kBy, bool kWeighted>
+void forward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, Real<P>* tile) {
+  for (int lane = 0; lane < lanes; ++lane) {
+    ViewAggregate<P, kBy, kWeighted> result[kPacks];
+    aggregate<P, kPacks, kBy, kWeighted>(views, lane, channel, true, result);
+    for (int p = 0; p < kPacks; ++p) store_pack(tile + (lane * kPacks + p) * P::kLanes, result[p].result());
+  }
+}
+
+// The gradients of one block of voxels, as they are summed.
+template <class T>
+struct Sums {
+  T* features;     // rows, as Views::features; null: not wanted
+  T* confidences;  // [C, row]; null: not wanted
+  T* pixels;       // [C, 2, kBlock], to the pixels; null: not wanted
+};
+
+template <class P, int kPacks, Aggregation kBy, bool kWeighted>
+void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, const Real<P>* tile,
+                   const Sums<Real<P>>& sums) {
+  using T = Real<P>;
+  constexpr int N = P::kLanes;
+  constexpr bool kLinear = kBy == Aggregation::kSum || kBy == Aggregation::kMean;
+  const bool sampled = !kLinear || sums.confidences != nullptr || sums.pixels != nullptr;
+  for (int lane = 0; lane < lanes; ++lane) {
+    ViewAggregate<P, kBy, kWeighted> aggregate_of[kPacks];
+    P kept[kKept][kPacks];
+    aggregate<P, kPacks, kBy, kWeighted>(views, lane, channel, sampled, aggregate_of, kept);
+    P result[kPacks], grad[kPacks], linear[kPacks];
+    for (int p = 0; p < kPacks; ++p) {
+      result[p] = aggregate_of[p].result();
+      const P incoming = load_pack<P>(tile + (lane * kPacks + p) * N);
+      grad[p] = select(is_nan(result[p]), P(T(0)), incoming);
+      linear[p] = kLinear ? select(aggregate_of[p].known(), incoming, P(T(0))) : grad[p];
+    }
+    for (int view = 0; view < views.count; ++view) {
+      const BlockTaps<T>& taps = views.taps[view];
+      const State state = taps.state[lane];
+      if (state == kUnknown || (state == kUnseen && views.exclude)) continue;
+      P value[kPacks], grad_value[kPacks];
+      if (view < kKept) {
+        for (int p = 0; p < kPacks; ++p) value[p] = kept[view][p];
+      } else if (state == kSeen && sampled) {
+        sample(taps, lane, views.features + view * views.map + channel, value);
+      } else {
+        for (int p = 0; p < kPacks; ++p) value[p] = P(T(0));
+      }
+      for (int p = 0; p < kPacks; ++p) {
+        const P confidence = confidence_of<P, kWeighted>(views, view, channel + p * N);
+        const P slope = aggregate_of[p].value_slope(value[p], confidence, result[p]);
+        grad_value[p] = linear[p] * select(linear[p] == P(T(0)), P(T(0)), slope);
+        if (sums.confidences != nullptr) {
+          T* sum = sums.confidences + view * views.row + channel + p * N;
+          const P weight_slope = aggregate_of[p].confidence_slope(value[p], confidence, result[p]);
+          const P share = grad[p] * select(grad[p] == P(T(0)), P(T(0)), weight_slope);
+          store_pack(sum, load_pack<P>(sum) + share);
+        }
+      }
+      if (state != kSeen) continue;
+      if (sums.features != nullptr) {
+        T* map = sums.features + view * views.map + channel;
+        for (int tap = 0; tap < 4; ++tap) {
+          T* to = map + taps.offset[tap][lane];
+          const P weight = P(taps.weight[tap][lane]);
+          for (int p = 0; p < kPacks; ++p)
+            store_pack(to + p * N, load_pack<P>(to + p * N) + weight * grad_value[p]);
+        }
+      }
+      if (sums.pixels != nullptr) {
+        const T* map = views.features + view * views.map + channel;
+        T along[2] = {T(0), T(0)};
+        for (int tap = 0; tap < 4; ++tap) {
+          P product = P(T(0));
+          for (int p = 0; p < kPacks; ++p) {
+            const P moving = select(grad[p] == P(T(0)), P(T(0)), grad_value[p]);
+            const P feature = load_pack<P>(map + taps.offset[tap][lane] + p * N);
+            product = product + select(moving == P(T(0)), P(T(0)), moving * feature);
+          }
+          const T total = sum_lanes(product, N);
+          along[0] += taps.slope_x[tap][lane] * total;
+          along[1] += taps.slope_y[tap][lane] * total;
+        }
+        sums.pixels[(2 * view) * kBlock + lane] += along[0];
+        sums.pixels[(2 * view + 1) * kBlock + lane] += along[1];
+      }
+    }
+  }
+}
+
+// ---- The loops over tiles, chosen once a call ----
+
+template <class T>
+using ForwardTile = void (*)(const Views<T>& views, int lanes, int64_t channel, T* tile);
+template <class T>
+using BackwardTile = void (*)(const Views<T>& views, int lanes, int64_t channel, const T* tile, const Sums<T>& sums);
+
+template <class T, int kPacks>
+struct Tiles {
+  ForwardTile<T> forward;
+  BackwardTile<T> backward;
+};
+
+template <class T, int kPacks, Aggregation kBy>
+Tiles<T, kPacks> tiles_of(bool weighted) {
+  using P = NativePack<T>;
+  if (weighted) return {&forward_tile<P, kPacks, kBy, true>, &backward_tile<P, kPacks, kBy, true>};
+  return {&forward_tile<P, kPacks, kBy, false>, &backward_tile<P, kPacks, kBy, false>};
+}
+
+template <class T, int kPacks>
+Tiles<T, kPacks> tiles_for(int aggregation, bool weighted) {
+  switch (static_cast<Aggregation>(aggregation)) {
+    case Aggregation::kSum:
+      return tiles_of<T, kPacks, Aggregation::kSum>(weighted);
+    case Aggregation::kMean:
+      return tiles_of<T, kPacks, Aggregation::kMean>(weighted);
+    case Aggregation::kSoftmax:
+      return tiles_of<T, kPacks, Aggregation::kSoftmax>(weighted);
+    default:
+      return tiles_of<T, kPacks, Aggregation::kMax>(weighted);
+  }
+}
+
+// Runs over the channels begin .. end-1, two packs at a time and one where no more are left.
+template <class T, class Run>
+void for_channels(int64_t begin, int64_t end, Run&& run) {
+  constexpr int N = kLanesOf<T>;
+  int64_t channel = begin;
+  for (; channel + 2 * N <= end; channel += 2 * N) run(channel, std::integral_constant<int, 2>());
+  for (; channel < end; channel += N) run(channel, std::integral_constant<int, 1>());
+}
+
+// Between a tile [voxel, channel] and the volume, both ways; channels beyond the last are read as 0.
+template <class In, class T>
+void write_tile(const UnprojectParams<In>& params, In* item, int64_t first, int lanes, int64_t channel, int width,
+                const T* tile) {
+  const int64_t (&stride)[2] = params.volume_stride;
+  const int channels = int(params.channels - channel < width ? params.channels - channel : width);
+  In* to = item + first * stride[1] + channel * stride[0];
+  if (stride[0] == 1) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      if constexpr (std::is_same_v<In, T>)
+        memcpy(to + lane * stride[1], tile + lane * width, size_t(channels) * sizeof(T));
+      else
+        for (int k = 0; k < channels; ++k) store(to + lane * stride[1] + k, tile[lane * width + k]);
+    }
+    return;
+  }
+  for (int k = 0; k < channels; ++k)
+    for (int lane = 0; lane < lanes; ++lane) store(to + k * stride[0] + lane * stride[1], tile[lane * width + k]);
+}
+
+template <class In, class T>
+void read_tile(const UnprojectParams<In>& params, const In* item, int64_t first, int lanes, int64_t channel, int width,
+               T* tile) {
+  const int64_t (&stride)[2] = params.volume_stride;
+  const int channels = int(params.channels - channel < width ? params.channels - channel : width);
+  const In* from = item + first * stride[1] + channel * stride[0];
+  if (channels < width)
+    for (int n = 0; n < lanes * width; ++n) tile[n] = T(0);
+  if (stride[0] == 1) {
+    for (int lane = 0; lane < lanes; ++lane) {
+      if constexpr (std::is_same_v<In, T>)
+        memcpy(tile + lane * width, from + lane * stride[1], size_t(channels) * sizeof(T));
+      else
+        for (int k = 0; k < channels; ++k) tile[lane * width + k] = load(from + lane * stride[1] + k);
+    }
+    return;
+  }
+  for (int k = 0; k < channels; ++k)
+    for (int lane = 0; lane < lanes; ++lane) tile[lane * width + k] = load(from + k * stride[0] + lane * stride[1]);
+}
+
+// ---- The passes ----
+
+template <class In>
+void stage(const UnprojectParams<In>& params, int64_t begin, int64_t end) {
+  using T = Accumulator<In>;
+  const int64_t (&stride)[4] = params.features_stride;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t map = index / params.height, y = index - map * params.height;
+    const int64_t item = map / params.views, view = map - item * params.views;
+    int64_t offset[2];
+    params.own_maps.offsets(item, offset);
+    const In* from = params.features + offset[0] + view * stride[0] + y * stride[2];
+    T* to = static_cast<T*>(params.staged) + offset[1] + view * params.rows.view + y * params.width * params.rows.row;
+    for (int64_t x = 0; x < params.width; ++x)
+      for (int64_t k = 0; k < params.rows.row; ++k)
+        to[x * params.rows.row + k] = k < params.channels ? load(from + k * stride[1] + x * stride[3]) : T(0);
+  }
+}
+
+template <class In>
+const Accumulator<In>* feature_rows(const UnprojectParams<In>& params, const int64_t* offset) {
+  using Params = UnprojectParams<In>;
+  using T = Accumulator<In>;
+  if (params.rows.staged) return static_cast<const T*>(params.staged) + offset[Params::kStaged];
+  return reinterpret_cast<const T*>(params.features) + offset[Params::kFeatures];
+}
+
+// What a range of blocks needs of its item, loaded anew where the item changes.
+template <class In>
+class ItemViews {
+  using Params = UnprojectParams<In>;
+  using T = Accumulator<In>;
+
+ public:
+  explicit ItemViews(const Params& params)
+      : params_(params),
+        taps_(params.views),
+        matrices_(params.views * 12),
+        confidences_(params.confidences == nullptr ? 0 : params.views * params.rows.row) {}
+
+  void load(int64_t item) {
+    if (item == item_) return;
+    item_ = item;
+    params_.batch.offsets(item, offset);
+    load_matrices(params_, params_.projections + offset[Params::kProjections], matrices_.data());
+    if (params_.confidences != nullptr)
+      load_confidences(params_, params_.confidences + offset[Params::kConfidences], confidences_.data());
+    views = {params_.views, params_.exclude,
+             taps_.data(),  feature_rows(params_, offset),
+             params_.rows.view, params_.confidences == nullptr ? nullptr : confidences_.data(),
+             params_.rows.row};
+  }
+
+  // Projects the block of voxels that starts with `first`; returns how many there are.
+  template <bool kSlopes>
+  int project(int64_t first) {
+    const int lanes = int(params_.points - first < kBlock ? params_.points - first : kBlock);
+    load_points(params_, params_.grid + offset[Params::kGrid], first, lanes, points);
+    for (int view = 0; view < params_.views; ++view) find_taps<kSlopes>(params_, points, matrix(view), taps_[view]);
+    return lanes;
+  }
+
+  const double* matrix(int view) { return matrices_.data() + 12 * view; }
+
+  int64_t offset[Params::kOperands];
+  Views<T> views;
+  BlockPoints points;
+
+ private:
+  const Params& params_;
+  int64_t item_ = -1;
+  Scratch<BlockTaps<T>> taps_;
+  Scratch<double> matrices_;
+  Scratch<T> confidences_;
+};
+
+template <class In>
+void forward(const UnprojectParams<In>& params, int64_t begin, int64_t end) {
+  using Params = UnprojectParams<In>;
+  using T = Accumulator<In>;
+  constexpr int N = kLanesOf<T>;
+  const bool weighted = params.confidences != nullptr;
+  const auto two = tiles_for<T, 2>(params.aggregation, weighted);
+  const auto one = tiles_for<T, 1>(params.aggregation, weighted);
+  const int64_t blocks = unproject_blocks(params.points);
+  ItemViews<In> item(params);
+  alignas(64) T tile[kBlock * 2 * N];
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t number = index / blocks, first = (index - number * blocks) * kBlock;
+    item.load(number);
+    const int lanes = item.template project<false>(first);
+    for_channels<T>(0, params.rows.row, [&](int64_t channel, auto packs) {
+      if constexpr (packs.value == 2)
+        two.forward(item.views, lanes, channel, tile);
+      else
+        one.forward(item.views, lanes, channel, tile);
+      write_tile(params, params.volume + item.offset[Params::kVolume], first, lanes, channel, packs.value * N, tile);
+    });
+  }
+}
+
+// Sums of the small operands' gradients over the voxels of a unit, one lane per voxel of a block; projections and frame
+// in float64, confidences in float64 after every few blocks.
+template <class In>
+class SmallSums {
+  using T = Accumulator<In>;
+
+ public:
+  SmallSums(const UnprojectParams<In>& params, const UnprojectGradients<In>& gradients)
+      : params_(params),
+        frame_wanted_(gradients.grid != nullptr && params.grid_size[0] != 0),
+        confidences_wanted_(gradients.confidences != nullptr),
+        matrices_(params.views * 12),
+        confidences_(params.views * params.rows.row),
+        confidences_total_(params.views * params.rows.row) {}
+
+  void clear() {
+    for (int64_t n = 0; n < params_.views * 12; ++n) matrices_[n] = Lanes(0.0);
+    for (int64_t n = 0; n < 12; ++n) frame_[n] = Lanes(0.0);
+    for (int64_t n = 0; n < params_.views * params_.rows.row; ++n) {
+      confidences_[n] = T(0);
+      confidences_total_[n] = 0.0;
+    }
+  }
+
+  T* confidences() { return confidences_wanted_ ? confidences_.data() : nullptr; }
+
+  // The gradients to the pixels of a block, taken on to projections and points.
+  void add_pixels(ItemViews<In>& item, const T* pixels, int lanes, T* grad_points) {
+    const FeatureMap<double> map = feature_map(params_);
+    Lanes grad_world[3] = {Lanes(0.0), Lanes(0.0), Lanes(0.0)};
+    for (int view = 0; view < params_.views; ++view) {
+      Lanes matrix[3][4], grad_matrix[3][4], grad[2];
+      load_matrix(item.matrix(view), matrix);
+      for (int a = 0; a < 2; ++a)
+        for (int lane = 0; lane < kBlock; ++lane)
+          grad[a].v[lane] = double(pixels[(2 * view + a) * kBlock + lane]) * (a == 0 ? map.scale_x : map.scale_y);
+      project_point_vjp(item.points.world, matrix, grad, grad_world, grad_matrix);
+      for (int i = 0; i < 3; ++i)
+        for (int j = 0; j < 4; ++j)
+          matrices_[12 * view + 4 * i + j] = matrices_[12 * view + 4 * i + j] + grad_matrix[i][j];
+    }
+    for (int a = 0; a < 3; ++a) {
+      if (grad_points != nullptr)
+        for (int lane = 0; lane < lanes; ++lane) grad_points[3 * lane + a] = T(grad_world[a].v[lane]);
+      if (!frame_wanted_) continue;
+      frame_[a] = frame_[a] + grad_world[a];
+      for (int n = 0; n < 3; ++n) frame_[3 * (n + 1) + a] = frame_[3 * (n + 1) + a] + grad_world[a] * item.points.index[n];
+    }
+  }
+
+  void flush_confidences() {
+    if (!confidences_wanted_) return;
+    for (int64_t n = 0; n < params_.views * params_.rows.row; ++n) {
+      confidences_total_[n] += double(confidences_[n]);
+      confidences_[n] = T(0);
+    }
+  }
+
+  // [C, 12], [12], [C, row]
+  void store(double* to) {
+    for (int64_t n = 0; n < params_.views * 12; ++n) *to++ = sum_lanes(matrices_[n], kBlock);
+    for (int64_t n = 0; n < 12; ++n) *to++ = sum_lanes(frame_[n], kBlock);
+    for (int64_t n = 0; n < params_.views * params_.rows.row; ++n) *to++ = confidences_total_[n];
+  }
+
+ private:
+  const UnprojectParams<In>& params_;
+  bool frame_wanted_, confidences_wanted_;
+  Scratch<Lanes> matrices_;
+  Lanes frame_[12];
+  Scratch<T> confidences_;
+  Scratch<double> confidences_total_;
+};
+
+// Where a part of an item sums the features' gradient.
+template <class In>
+Accumulator<In>* gradient_rows(const UnprojectParams<In>& params, const UnprojectGradients<In>& gradients, int64_t item,
+                               int64_t part, const int64_t* offset) {
+  using T = Accumulator<In>;
+  if (gradients.features == nullptr) return nullptr;
+  if (gradients.direct) return reinterpret_cast<T*>(gradients.features) + offset[UnprojectParams<In>::kGradFeatures];
+  return gradients.sums + (part * params.batch.count + item) * params.views * params.rows.view;
+}
+
+template <class In>
+void backward(const UnprojectParams<In>& params, const UnprojectGradients<In>& gradients, const UnprojectPlan& plan,
+              int64_t begin, int64_t end) {
+  using Params = UnprojectParams<In>;
+  using T = Accumulator<In>;
+  constexpr int N = kLanesOf<T>;
+  constexpr int64_t kBlocksPerFlush = 64;
+  const bool weighted = params.confidences != nullptr;
+  const auto two = tiles_for<T, 2>(params.aggregation, weighted);
+  const auto one = tiles_for<T, 1>(params.aggregation, weighted);
+  const bool moving = gradients.projections != nullptr || gradients.grid != nullptr;
+  const int64_t blocks = unproject_blocks(params.points);
+  ItemViews<In> item(params);
+  SmallSums<In> small(params, gradients);
+  Scratch<T> pixels(params.views * 2 * kBlock);
+  alignas(64) T tile[kBlock * 2 * N];
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t number = unit / (plan.groups * plan.parts), rest = unit - number * plan.groups * plan.parts;
+    const int64_t group = rest / plan.parts, part = rest - group * plan.parts;
+    const int64_t first_channel = group * plan.group_channels, row = params.rows.row;
+    const int64_t last_channel = first_channel + plan.group_channels < row ? first_channel + plan.group_channels : row;
+    item.load(number);
+    T* features = gradient_rows(params, gradients, number, part, item.offset);
+    for (int64_t pixel = 0; features != nullptr && pixel < params.views * params.height * params.width; ++pixel)
+      for (int64_t k = first_channel; k < last_channel; ++k) features[pixel * row + k] = T(0);
+    small.clear();
+    const Sums<T> sums{features, small.confidences(), moving ? pixels.data() : nullptr};
+    T* grad_points = gradients.grid != nullptr && params.grid_size[0] == 0
+                         ? gradients.grid + number * params.points * 3
+                         : nullptr;
+    const int64_t last_block = blocks * (part + 1) / plan.parts;
+    for (int64_t block = blocks * part / plan.parts; block < last_block; ++block) {
+      const int64_t first = block * kBlock;
+      const int lanes = moving ? item.template project<true>(first) : item.template project<false>(first);
+      for (int64_t n = 0; moving && n < params.views * 2 * kBlock; ++n) pixels[n] = T(0);
+      for_channels<T>(first_channel, last_channel, [&](int64_t channel, auto packs) {
+        read_tile(params, params.volume + item.offset[Params::kVolume], first, lanes, channel, packs.value * N, tile);
+        if constexpr (packs.value == 2)
+          two.backward(item.views, lanes, channel, tile, sums);
+        else
+          one.backward(item.views, lanes, channel, tile, sums);
+      });
+      if (moving)
+        small.add_pixels(item, pixels.data(), lanes, grad_points == nullptr ? nullptr : grad_points + 3 * first);
+      if ((block + 1) % kBlocksPerFlush == 0 || block + 1 == last_block) small.flush_confidences();
+    }
+    small.store(static_cast<double*>(gradients.partial) + unit * plan.entries);
+  }
+}
+
+template <class In>
+void backward_rows(const UnprojectParams<In>& params, const UnprojectGradients<In>& gradients,
+                   const UnprojectPlan& plan, int64_t begin, int64_t end) {
+  using Params = UnprojectParams<In>;
+  using T = Accumulator<In>;
+  const int64_t (&stride)[4] = gradients.features_stride;
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t map = index / params.height, y = index - map * params.height;
+    const int64_t item = map / params.views, view = map - item * params.views;
+    int64_t offset[Params::kOperands];
+    params.batch.offsets(item, offset);
+    In* to = gradients.features + offset[Params::kGradFeatures] + view * stride[0] + y * stride[2];
+    const int64_t line = (map * params.height + y) * params.width * params.rows.row;
+    const int64_t copy = params.batch.count * params.views * params.rows.view;
+    for (int64_t x = 0; x < params.width; ++x) {
+      for (int64_t k = 0; k < params.channels; ++k) {
+        T sum = T(0);
+        for (int64_t part = 0; part < plan.parts; ++part)
+          sum += gradients.sums[part * copy + line + x * params.rows.row + k];
+        store(to + k * stride[1] + x * stride[3], sum);
+      }
+    }
+  }
+}
+
+template <class In>
+void backward_sums(const UnprojectParams<In>& params, const UnprojectGradients<In>& gradients,
+                   const UnprojectPlan& plan, int64_t begin, int64_t end) {
+  using T = Accumulator<In>;
+  const int64_t units = plan.groups * plan.parts;
+  for (int64_t item = begin; item < end; ++item) {
+    const double* partial = static_cast<const double*>(gradients.partial) + item * units * plan.entries;
+    const auto total = [&](int64_t entry) {
+      double sum = 0.0;
+      for (int64_t unit = 0; unit < units; ++unit) sum += partial[unit * plan.entries + entry];
+      return T(sum);
+    };
+    const int64_t matrices = params.views * 12;
+    for (int64_t n = 0; gradients.projections != nullptr && n < matrices; ++n)
+      gradients.projections[item * matrices + n] = total(n);
+    for (int64_t n = 0; gradients.grid != nullptr && params.grid_size[0] != 0 && n < 12; ++n)
+      gradients.grid[item * 12 + n] = total(matrices + n);
+    for (int64_t n = 0; gradients.confidences != nullptr && n < params.views * params.channels; ++n) {
+      const int64_t view = n / params.channels, k = n - view * params.channels;
+      gradients.confidences[item * params.views * params.channels + n] =
+          total(matrices + 12 + view * params.rows.row + k);
+    }
+  }
+}
+
+}  // namespace
+
+template <class In>
+const UnprojectKernels<In>& unproject_kernels() {
+  static const UnprojectKernels<In> kernels{&stage<In>, &forward<In>, &backward<In>, &backward_rows<In>,
+                                            &backward_sums<In>};
+  return kernels;
+}
+template const UnprojectKernels<float>& unproject_kernels<float>();
+template const UnprojectKernels<double>& unproject_kernels<double>();
+template const UnprojectKernels<Float16>& unproject_kernels<Float16>();
+template const UnprojectKernels<BFloat16>& unproject_kernels<BFloat16>();
+
+}  // namespace TRITOOL_ISA
+}  // namespace cpu
+}  // namespace tritool

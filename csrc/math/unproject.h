@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Unprojection: where a view samples its features for a voxel, and how the views are put together. Iskakov et al.,
+// ICCV 2019, equations (8)-(11). Derivation, conventions at the border and behind the camera: docs/ops/unproject.md.
+#pragma once
+
+#include "math/project.h"
+
+TRITOOL_MATH_BEGIN
+
+// The centre of voxel (i, j, k): frame[0] is that of voxel (0, 0, 0), frame[1..3] are the steps.
+template <class T>
+TRITOOL_HD void voxel_center(const T (&frame)[4][3], T i, T j, T k, T (&point)[3]) {
+  for (int a = 0; a < 3; ++a) point[a] = frame[0][a] + i * frame[1][a] + j * frame[2][a] + k * frame[3][a];
+}
+
+// A feature map: its size, and what projected coordinates are multiplied by to be its pixels.
+template <class T>
+struct FeatureMap {
+  T width, height;
+  T scale_x, scale_y;
+};
+
+// Bilinear sampling is separable: pixel (column[i], row[j]) has weight along_x[i] along_y[j]. Pixels outside of the map
+// have weight and slope 0 and are moved to the border, so that they can be read.
+template <class T>
+struct Footprint {
+  Mask<T> seen;     // in front of the camera and less than a pixel outside of the map; all else is 0 where it is not
+  Mask<T> unknown;  // the projection is not a number
+  T column[2], row[2];
+  T along_x[2], along_y[2];
+  T slope_x[2], slope_y[2];  // d along / d pixel
+};
+
+template <class T>
+TRITOOL_HD void footprint_along(T pixel, T size, Mask<T> seen, T (&place)[2], T (&along)[2], T (&slope)[2]) {
+  const T position = select(seen, pixel, T(0));
+  const T low = T(0) - ceil_(T(0) - position), high = low + T(1);  // ceil(-x) = -floor(x)
+  const T fraction = position - low;
+  const auto low_inside = seen & (low >= T(0));
+  const auto high_inside = seen & (high < size);
+  place[0] = max_(low, T(0));
+  place[1] = select(high < size, high, low);
+  along[0] = select(low_inside, T(1) - fraction, T(0));
+  along[1] = select(high_inside, fraction, T(0));
+  slope[0] = select(low_inside, T(-1), T(0));
+  slope[1] = select(high_inside, T(1), T(0));
+}
+
+template <class T>
+TRITOOL_HD Footprint<T> footprint_of(const T (&point)[3], const T (&matrix)[3][4], const FeatureMap<T>& map) {
+  T image[3];
+  image_of(point, matrix, image);
+  const T x = image[0] / image[2] * map.scale_x, y = image[1] / image[2] * map.scale_y;
+  Footprint<T> result;
+  const auto behind = image[2] <= T(0);
+  result.seen = (image[2] > T(0)) & (x > T(-1)) & (x < map.width) & (y > T(-1)) & (y < map.height);
+  result.unknown = (!behind) & (is_nan(x) | is_nan(y) | is_nan(image[2]));  // infinite pixels are known to be outside
+  footprint_along(x, map.width, result.seen, result.column, result.along_x, result.slope_x);
+  footprint_along(y, map.height, result.seen, result.row, result.along_y, result.slope_y);
+  return result;
+}
+
+enum class Aggregation { kSum, kMean, kSoftmax, kMax };
+
+// The aggregate over the views of one channel of one voxel, and its derivatives. Views are added one after the other:
+// the softmax keeps its sums relative to the largest value yet, so that one exponential a view serves. A view of
+// confidence 0 is absent; a negative or NaN one makes the result NaN. Without kWeighted all confidences are 1.
+//
+// After the last view, value_slope() and confidence_slope() give d result / d value and d result / d confidence of a
+// view; for the maximum the views must be asked in the order in which they were added, once each.
+template <class T, Aggregation kBy, bool kWeighted>
+class ViewAggregate {
+ public:
+  TRITOOL_HD void add(T value, T confidence) {
+    [[maybe_unused]] const auto present = confidence != T(0);
+    if constexpr (kWeighted) {
+      confidence = select(confidence < T(0), quiet_nan<T>(), confidence);
+      value = select(present, value, T(0));  // 0 * NaN
+    }
+    if constexpr (kBy == Aggregation::kSum || kBy == Aggregation::kMean) {
+      total_ = kWeighted ? total_ + confidence * value : total_ + value;
+      if constexpr (kWeighted || kBy == Aggregation::kMean) norm_ = norm_ + confidence;
+    } else if constexpr (kBy == Aggregation::kSoftmax) {
+      // exp(-|value - level|) is what either the sums so far or the new view shrink by.
+      const T shrink = exp2_(T(0) - abs_(value - level_) * T(Real<T>(kLog2OfE)));
+      auto higher = value > level_;
+      if constexpr (kWeighted) higher = higher & present;
+      const T old_factor = select(higher, shrink, T(1));
+      T factor = select(higher, T(1), shrink);
+      if constexpr (kWeighted) factor = select(present, confidence * factor, T(0));
+      norm_ = norm_ * old_factor + factor;
+      total_ = total_ * old_factor + factor * value;
+      level_ = select(higher, value, level_);
+    } else {
+      auto larger = (value > level_) | is_nan(value);
+      if constexpr (kWeighted) larger = larger & present;
+      level_ = select(larger, value, level_);
+      norm_ = norm_ + confidence;
+    }
+  }
+
+  // A view whose value cannot be known.
+  TRITOOL_HD void add_unknown(T confidence) {
+    if constexpr (kWeighted)
+      norm_ = norm_ + select(confidence == T(0), T(0), quiet_nan<T>());
+    else
+      norm_ = quiet_nan<T>();
+  }
+
+  TRITOOL_HD T result() const {
+    const auto nothing = norm_ == T(0);
+    if constexpr (kBy == Aggregation::kSum)
+      return select(is_nan(norm_), norm_, total_);
+    else if constexpr (kBy == Aggregation::kMax)
+      return select(nothing, T(0), select(is_nan(norm_), norm_, level_));
+    else
+      return total_ / select(nothing, T(1), norm_);  // nothing was added to the total then, either
+  }
+
+  // Whether the result is known as far as geometry and confidences are concerned: the gradient to the features of a
+  // linear aggregation does not depend on more.
+  TRITOOL_HD Mask<T> known() const { return norm_ == norm_; }
+
+  TRITOOL_HD T value_slope(T value, T confidence, T result) {
+    if constexpr (kBy == Aggregation::kSum) {
+      return confidence;
+    } else if constexpr (kBy == Aggregation::kMean) {
+      return confidence / select(norm_ == T(0), T(1), norm_);
+    } else if constexpr (kBy == Aggregation::kSoftmax) {
+      return confidence * probability(value, confidence) * (T(1) + value - result);
+    } else {
+      auto largest = value == level_;
+      if constexpr (kWeighted) largest = largest & (confidence != T(0));
+      const T share = select(largest, left_, T(0));
+      left_ = left_ - share;
+      return share;
+    }
+  }
+
+  TRITOOL_HD T confidence_slope(T value, T confidence, T result) const {
+    T slope = T(0);
+    if constexpr (kBy == Aggregation::kSum) slope = value;
+    if constexpr (kBy == Aggregation::kMean) slope = (value - result) / norm_;
+    if constexpr (kBy == Aggregation::kSoftmax) slope = probability(value, confidence) * (value - result);
+    return select(confidence == T(0), T(0), slope);
+  }
+
+ private:
+  static constexpr double kLog2OfE = 1.4426950408889634074;
+
+  // exp(value) / sum of confidence exp(value). An absent view may lie above the level: not infinity * 0.
+  TRITOOL_HD T probability(T value, T confidence) const {
+    T difference = value - level_;
+    if constexpr (kWeighted) difference = select(confidence == T(0), T(0), difference);
+    return exp2_(difference * T(Real<T>(kLog2OfE))) / norm_;
+  }
+
+  T norm_ = T(0), total_ = T(0);
+  T level_ = T(0) - infinity<T>();
+  T left_ = T(1);  // of the maximum's gradient
+};
+
+TRITOOL_MATH_END
