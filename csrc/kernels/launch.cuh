@@ -124,6 +124,14 @@ __device__ __forceinline__ int64_t thread_index() {
 }
 __device__ __forceinline__ int64_t thread_count() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
+// ---- Memory ----
+
+// Neighbouring elements that one instruction loads or stores.
+template <class In, int kCount>
+struct alignas(sizeof(In) * kCount) Vector {
+  In element[kCount];
+};
+
 // ---- Reductions ----
 // T is float, double or a 32- or 64-bit integer. The order of the additions is fixed, so equal
 // input gives equal bits. Every lane of every warp takes part: blocks are one-dimensional multiples

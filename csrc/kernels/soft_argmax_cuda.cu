@@ -15,11 +15,6 @@ namespace {
 constexpr int kBlock = 256;
 constexpr int kWarps = kBlock / kWarpSize;
 
-template <class In, int kCount>
-struct alignas(sizeof(In) * kCount) Vector {
-  In element[kCount];
-};
-
 template <class T, bool kSecond>
 __device__ __forceinline__ MomentState<T, kSecond> shuffle_xor(const MomentState<T, kSecond>& state, int mask) {
   MomentState<T, kSecond> other;

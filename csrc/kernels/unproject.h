@@ -45,8 +45,8 @@ struct UnprojectParams {
 
   int views;
   int64_t channels, height, width;
-  int64_t points;        // N
-  int64_t grid_size[3];  // of a frame; 0: the grid is points
+  int64_t points;              // N
+  int64_t grid_size[3];        // of a frame; 0: the grid is points
   int64_t features_stride[4];  // view, channel, row, column
   int64_t projections_stride[3];
   int64_t grid_stride[2];
@@ -57,8 +57,8 @@ struct UnprojectParams {
   bool official;             // the published code's sampling: x (W - 1) / H, y (H - 1) / W
 
   UnprojectRows rows;
-  void* staged;         // where rows.staged: T on the CPU, In on CUDA
-  Batch<2> own_maps;    // what is staged: the features' own items, in (features, staged)
+  void* staged;       // where rows.staged: T on the CPU, In on CUDA
+  Batch<2> own_maps;  // what is staged: the features' own items, in (features, staged)
 };
 
 // Gradients, each null where it is not wanted; those of the small operands are contiguous, item by item.
@@ -82,9 +82,10 @@ struct UnprojectPlan {
   int64_t groups;          // and its channels
   int64_t group_channels;  // elements of the row
   int64_t units;           // items * groups * parts
-  int64_t entries;         // numbers in a unit's partial sums: [C, 12] + [4, 3] + [C, row], those wanted
+  int64_t entries;         // numbers in a unit's partial sums
   int64_t partial_bytes;
-  int64_t sums_count;      // elements of UnprojectGradients::sums
+  int64_t sums_count;  // elements of UnprojectGradients::sums
+  bool fixed_point;    // CUDA: the features' gradient is summed in integers, so that the order does not matter
 };
 
 // `quantum`: elements that a row is a multiple of; `same_type`: the tensor's elements are those of the rows.
@@ -160,8 +161,8 @@ UnprojectPlan unproject_plan(const UnprojectParams<In>& params, UnprojectGradien
   UnprojectPlan plan{};
   const int64_t items = params.batch.count;
   // The gradient to a point sums over all channels: they stay together.
-  plan.group_channels = gradients.grid != nullptr && params.grid_size[0] == 0 ? params.rows.row
-                                                                              : 2 * unproject_quantum<In>;
+  plan.group_channels =
+      gradients.grid != nullptr && params.grid_size[0] == 0 ? params.rows.row : 2 * unproject_quantum<In>;
   plan.groups = (params.rows.row + plan.group_channels - 1) / plan.group_channels;
   const int64_t wanted = items * plan.groups == 0 ? 1 : 8 / (items * plan.groups);
   const int64_t volume = params.channels * params.points, features = params.views * params.rows.view;
@@ -180,5 +181,22 @@ UnprojectPlan unproject_plan(const UnprojectParams<In>& params, UnprojectGradien
 }  // namespace cpu
 
 TRITOOL_DECLARE_KERNELS(UnprojectKernels, unproject_kernels)
+
+namespace cuda {
+
+constexpr int64_t kUnprojectMaxViews = 128;  // what one block's shared memory holds
+
+template <class In>
+UnprojectRows unproject_rows(const UnprojectParams<In>& params);
+// The features' gradient is summed by atomics, or in fixed point where it has to come out the same every time.
+template <class In>
+UnprojectPlan unproject_plan(const UnprojectParams<In>& params, UnprojectGradients<In>& gradients, bool deterministic);
+template <class In>
+int unproject(const UnprojectParams<In>& params, CUstream_st* stream);
+template <class In>
+int unproject_backward(const UnprojectParams<In>& params, const UnprojectGradients<In>& gradients,
+                       const UnprojectPlan& plan, CUstream_st* stream);
+
+}  // namespace cuda
 
 }  // namespace tritool

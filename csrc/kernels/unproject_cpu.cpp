@@ -293,8 +293,7 @@ void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, cons
         for (int tap = 0; tap < 4; ++tap) {
           T* to = map + taps.offset[tap][lane];
           const P weight = P(taps.weight[tap][lane]);
-          for (int p = 0; p < kPacks; ++p)
-            store_pack(to + p * N, load_pack<P>(to + p * N) + weight * grad_value[p]);
+          for (int p = 0; p < kPacks; ++p) store_pack(to + p * N, load_pack<P>(to + p * N) + weight * grad_value[p]);
         }
       }
       if (sums.pixels != nullptr) {
@@ -449,8 +448,8 @@ class ItemViews {
     load_matrices(params_, params_.projections + offset[Params::kProjections], matrices_.data());
     if (params_.confidences != nullptr)
       load_confidences(params_, params_.confidences + offset[Params::kConfidences], confidences_.data());
-    views = {params_.views, params_.exclude,
-             taps_.data(),  feature_rows(params_, offset),
+    views = {params_.views,     params_.exclude,
+             taps_.data(),      feature_rows(params_, offset),
              params_.rows.view, params_.confidences == nullptr ? nullptr : confidences_.data(),
              params_.rows.row};
   }
@@ -549,7 +548,8 @@ class SmallSums {
         for (int lane = 0; lane < lanes; ++lane) grad_points[3 * lane + a] = T(grad_world[a].v[lane]);
       if (!frame_wanted_) continue;
       frame_[a] = frame_[a] + grad_world[a];
-      for (int n = 0; n < 3; ++n) frame_[3 * (n + 1) + a] = frame_[3 * (n + 1) + a] + grad_world[a] * item.points.index[n];
+      for (int n = 0; n < 3; ++n)
+        frame_[3 * (n + 1) + a] = frame_[3 * (n + 1) + a] + grad_world[a] * item.points.index[n];
     }
   }
 
@@ -614,9 +614,8 @@ void backward(const UnprojectParams<In>& params, const UnprojectGradients<In>& g
       for (int64_t k = first_channel; k < last_channel; ++k) features[pixel * row + k] = T(0);
     small.clear();
     const Sums<T> sums{features, small.confidences(), moving ? pixels.data() : nullptr};
-    T* grad_points = gradients.grid != nullptr && params.grid_size[0] == 0
-                         ? gradients.grid + number * params.points * 3
-                         : nullptr;
+    T* grad_points =
+        gradients.grid != nullptr && params.grid_size[0] == 0 ? gradients.grid + number * params.points * 3 : nullptr;
     const int64_t last_block = blocks * (part + 1) / plan.parts;
     for (int64_t block = blocks * part / plan.parts; block < last_block; ++block) {
       const int64_t first = block * kBlock;

@@ -43,10 +43,12 @@ Tensor unproject(const Tensor& features, const Tensor& projections, const Tensor
                  bool official, bool channels_last);
 // grad [batch, K, N] -> gradients to features (in their own strides), projections, grid, confidences; empty [0] where
 // not wanted
-std::tuple<Tensor, Tensor, Tensor, Tensor> unproject_backward(
-    const Tensor& grad, const Tensor& features, const Tensor& projections, const Tensor& grid,
-    const std::optional<Tensor>& confidences, std::vector<int64_t> size, int64_t aggregation, bool exclude,
-    bool official, bool deterministic, bool want_features, bool want_projections, bool want_grid,
-    bool want_confidences);
+std::tuple<Tensor, Tensor, Tensor, Tensor> unproject_backward(const Tensor& grad, const Tensor& features,
+                                                              const Tensor& projections, const Tensor& grid,
+                                                              const std::optional<Tensor>& confidences,
+                                                              std::vector<int64_t> size, int64_t aggregation,
+                                                              bool exclude, bool official, bool deterministic,
+                                                              bool want_features, bool want_projections, bool want_grid,
+                                                              bool want_confidences);
 
 }  // namespace tritool

@@ -50,14 +50,14 @@ void check_launch(int error, const char* op) {
 
 }  // namespace tritool
 
-#define TRITOOL_IMPLEMENT(m)                                                 \
-  m.impl("triangulate", TORCH_BOX(&tritool::triangulate));                   \
-  m.impl("triangulate_backward", TORCH_BOX(&tritool::triangulate_backward)); \
-  m.impl("project", TORCH_BOX(&tritool::project));                           \
-  m.impl("project_backward", TORCH_BOX(&tritool::project_backward));         \
-  m.impl("softmax_moments", TORCH_BOX(&tritool::softmax_moments));           \
+#define TRITOOL_IMPLEMENT(m)                                                         \
+  m.impl("triangulate", TORCH_BOX(&tritool::triangulate));                           \
+  m.impl("triangulate_backward", TORCH_BOX(&tritool::triangulate_backward));         \
+  m.impl("project", TORCH_BOX(&tritool::project));                                   \
+  m.impl("project_backward", TORCH_BOX(&tritool::project_backward));                 \
+  m.impl("softmax_moments", TORCH_BOX(&tritool::softmax_moments));                   \
   m.impl("softmax_moments_backward", TORCH_BOX(&tritool::softmax_moments_backward)); \
-  m.impl("unproject", TORCH_BOX(&tritool::unproject));                       \
+  m.impl("unproject", TORCH_BOX(&tritool::unproject));                               \
   m.impl("unproject_backward", TORCH_BOX(&tritool::unproject_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(tritool, CPU, m) { TRITOOL_IMPLEMENT(m); }

@@ -39,6 +39,9 @@ int64_t check_inputs(const Inputs& inputs, int64_t aggregation, const char* op) 
   STD_TORCH_CHECK(features.size(-2) >= 1 && features.size(-1) >= 1, op, ": features must have H and W of 1 or more");
   STD_TORCH_CHECK(row * features.size(-2) * features.size(-1) < (int64_t(1) << 31), op, ": a view has ",
                   row * features.size(-2) * features.size(-1), " features; fewer than 2^31 are supported");
+  STD_TORCH_CHECK(points < (int64_t(1) << 31), op, ": ", points, " voxels; fewer than 2^31 are supported");
+  STD_TORCH_CHECK(features.is_cpu() || features.size(-4) <= cuda::kUnprojectMaxViews, op, ": ", features.size(-4),
+                  " views; on CUDA at most ", cuda::kUnprojectMaxViews, " are supported");
   return points;
 }
 
@@ -64,8 +67,7 @@ UnprojectParams<In> params_of(const Inputs& inputs, int64_t points, int64_t aggr
   params.features = data_of<In>(features);
   params.projections = inputs.projections.template const_data_ptr<T>();
   params.grid = inputs.grid.template const_data_ptr<T>();
-  params.confidences =
-      inputs.confidences.has_value() ? inputs.confidences->template const_data_ptr<T>() : nullptr;
+  params.confidences = inputs.confidences.has_value() ? inputs.confidences->template const_data_ptr<T>() : nullptr;
   params.views = static_cast<int>(features.size(-4));
   params.channels = features.size(-3);
   params.height = features.size(-2);
@@ -89,8 +91,12 @@ Tensor set_rows_and_batch(UnprojectParams<In>& params, const Inputs& inputs, con
   using Params = UnprojectParams<In>;
   using T = Accumulator<In>;
   const bool on_cpu = inputs.features.is_cpu();
-  params.rows = on_cpu ? unproject_rows(params, params.features_stride, cpu::unproject_quantum<In>, sizeof(In) == sizeof(T))
-                       : unproject_rows(params, params.features_stride, 16 / int64_t(sizeof(In)), true);
+  if (on_cpu)
+    params.rows = unproject_rows(params, params.features_stride, cpu::unproject_quantum<In>, sizeof(In) == sizeof(T));
+#if defined(TRITOOL_CUDA)
+  else
+    params.rows = cuda::unproject_rows(params);
+#endif
   set_strides(params.volume_stride, volume);
   const std::vector<int64_t> absent(batch.size(), 0);
   const std::vector<int64_t> strides[] = {
@@ -151,11 +157,13 @@ Tensor unproject(const Tensor& features, const Tensor& projections, const Tensor
   return volume;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> unproject_backward(
-    const Tensor& grad, const Tensor& features, const Tensor& projections, const Tensor& grid,
-    const std::optional<Tensor>& confidences, std::vector<int64_t> size, int64_t aggregation, bool exclude,
-    bool official, bool deterministic, bool want_features, bool want_projections, bool want_grid,
-    bool want_confidences) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> unproject_backward(const Tensor& grad, const Tensor& features,
+                                                              const Tensor& projections, const Tensor& grid,
+                                                              const std::optional<Tensor>& confidences,
+                                                              std::vector<int64_t> size, int64_t aggregation,
+                                                              bool exclude, bool official, bool deterministic,
+                                                              bool want_features, bool want_projections, bool want_grid,
+                                                              bool want_confidences) {
   constexpr const char* kOp = "unproject_backward";
   const Inputs inputs{features, projections, grid, confidences, size};
   const int64_t points = check_inputs(inputs, aggregation, kOp);
@@ -197,14 +205,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unproject_backward(
       const UnprojectPlan plan = cpu::unproject_plan(params, gradients);
       const auto scratch = new_scratch(plan);
       stage_on_cpu(params, kernels);
-      torch::stable::parallel_for(0, plan.units, 1, [&](int64_t begin, int64_t end) {
-        kernels.backward(params, gradients, plan, begin, end);
-      });
+      torch::stable::parallel_for(
+          0, plan.units, 1, [&](int64_t begin, int64_t end) { kernels.backward(params, gradients, plan, begin, end); });
       if (want_features && !gradients.direct)
-        torch::stable::parallel_for(0, params.batch.count * params.views * params.height, 16,
-                                    [&](int64_t begin, int64_t end) {
-                                      kernels.backward_rows(params, gradients, plan, begin, end);
-                                    });
+        torch::stable::parallel_for(
+            0, params.batch.count * params.views * params.height, 16,
+            [&](int64_t begin, int64_t end) { kernels.backward_rows(params, gradients, plan, begin, end); });
       torch::stable::parallel_for(0, params.batch.count, 1, [&](int64_t begin, int64_t end) {
         kernels.backward_sums(params, gradients, plan, begin, end);
       });
