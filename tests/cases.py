@@ -113,6 +113,80 @@ def _project_backward(points: Tensor, projections: Tensor) -> tuple[Any, ...]:
     return grad.requires_grad_(), points, projections, True, True
 
 
+def _unproject_scene(batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Features, projections, a frame for 2 x 1 x 3 voxels, confidences; some voxels unseen."""
+    _, views, _ = _scene(batch)
+    intrinsics = torch.tensor([[6.0, 0, 2.1], [0, 6, 1.4], [0, 0, 1]], dtype=torch.float64)
+    projections = (intrinsics[..., None] * views[..., None, :, :]).sum(-2)
+    features = _randn(batch, 3, 2, 4, 5, seed=8)
+    origin = torch.tensor([-0.8, 0.1, -0.9], dtype=torch.float64) + 0.1 * _randn(batch, 3, seed=9)
+    axes = 0.7 * torch.eye(3, dtype=torch.float64) + 0.1 * _randn(batch, 3, 3, seed=10)
+    confidences = 0.5 + torch.rand(batch, 3, 2, generator=_generator(11), dtype=torch.float64)
+    return features, projections, origin, axes, confidences
+
+
+def _unproject_raw(aggregation: int, exclude: bool) -> dict[str, Callable[..., tuple[Any, ...]]]:
+    def frame(origin: Tensor, axes: Tensor) -> Tensor:
+        return torch.cat([origin[:, None], axes], 1)
+
+    def forward(
+        features: Tensor, projections: Tensor, origin: Tensor, axes: Tensor, confidences: Tensor
+    ) -> tuple[Any, ...]:
+        options = ((2, 1, 3), aggregation, exclude, False, False)
+        return features, projections, frame(origin, axes), confidences, *options
+
+    def points(
+        features: Tensor, projections: Tensor, origin: Tensor, axes: Tensor, confidences: Tensor
+    ) -> tuple[Any, ...]:
+        return (
+            features,
+            projections,
+            frame(origin, axes),
+            None,
+            (),
+            aggregation,
+            exclude,
+            True,
+            True,
+        )
+
+    def backward(*args: Tensor) -> tuple[Any, ...]:
+        *inputs, size, by, without, official, _ = forward(*args)
+        grad = torch.ones(len(args[0]), 2, 6, dtype=args[0].dtype, device=args[0].device)
+        wanted = (True, True, True, True)
+        return grad.requires_grad_(), *inputs, size, by, without, official, False, *wanted
+
+    def backward_points(*args: Tensor) -> tuple[Any, ...]:
+        *inputs, size, by, without, official, _ = points(*args)
+        grad = torch.ones(len(args[0]), 2, 4, dtype=args[0].dtype, device=args[0].device)
+        wanted = (True, True, True, False)
+        return grad.requires_grad_(), *inputs, size, by, without, official, True, *wanted
+
+    return {
+        "unproject": forward,
+        "unproject/points": points,
+        "unproject_backward": backward,
+        "unproject_backward/points": backward_points,
+    }
+
+
+def _unproject(aggregation: str, outside: str, weighted: bool = True) -> Callable[..., Any]:
+    def function(
+        features: Tensor,
+        projections: Tensor,
+        origin: Tensor,
+        axes: Tensor,
+        confidences: Tensor | None = None,
+    ) -> Tensor:
+        grid = VoxelGrid(origin, axes, (2, 1, 3))
+        return ops.unproject(
+            features, projections, grid,
+            aggregation=aggregation, confidences=confidences, outside=outside,
+        )  # fmt: skip
+
+    return function
+
+
 CASES = [
     OpCase(
         "triangulate",
@@ -178,5 +252,37 @@ CASES = [
             ops.softmax_moments3d(x, grid=VoxelGrid(origin, axes, (2, 3, 4)))
         ),
         _volume_and_frame,
+    ),
+    OpCase(
+        "unproject-softmax",
+        _unproject("softmax", "zeros"),
+        _unproject_scene,
+        _unproject_raw(2, False),
+    ),
+    OpCase(
+        "unproject-mean",
+        _unproject("mean", "exclude"),
+        _unproject_scene,
+    ),
+    OpCase(
+        "unproject-sum",
+        _unproject("sum", "zeros"),
+        lambda batch: _unproject_scene(batch)[:4],
+    ),
+    OpCase(
+        "unproject-max",
+        _unproject("max", "exclude"),
+        lambda batch: _unproject_scene(batch)[:4],
+    ),
+    OpCase(
+        "unproject-points",
+        lambda features, projections, points: ops.unproject(
+            features,
+            projections,
+            points[:, None],
+            outside="exclude",
+            sampling="official",
+        ),
+        lambda batch: (*_unproject_scene(batch)[:2], _unproject_scene(batch)[3]),
     ),
 ]
