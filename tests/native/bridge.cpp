@@ -192,6 +192,83 @@ py::object project_backward(const Backend& backend, const py::array& grad, const
   });
 }
 
+// What every operand but the grid has in common: the sizes of the batch, without the trailing dimensions.
+Sizes batch_of_volume(const testing::UnprojectInputs& inputs) {
+  Sizes batch = testing::broadcast(testing::batch_of(inputs.features, 4), testing::batch_of(inputs.projections, 3));
+  batch = testing::broadcast(batch, testing::batch_of(inputs.grid, 2));
+  return inputs.confidences.data == nullptr ? batch
+                                            : testing::broadcast(batch, testing::batch_of(inputs.confidences, 2));
+}
+
+template <class In>
+testing::UnprojectInputs unproject_inputs(const py::array& features, const py::array& projections,
+                                          const py::array& grid, const Operand& confidences, const Sizes& size,
+                                          int aggregation, bool exclude, bool official) {
+  using T = Accumulator<In>;
+  return {operand<In>(features, "features"),
+          operand<T>(projections, "projections"),
+          operand<T>(grid, "grid"),
+          operand<T>(confidences, "confidences"),
+          size,
+          aggregation,
+          exclude,
+          official};
+}
+
+int64_t points_of(const testing::UnprojectInputs& inputs) {
+  int64_t points = inputs.size.empty() ? inputs.grid.size_at(2) : 1;
+  for (const int64_t n : inputs.size) points *= n;
+  return points;
+}
+
+// [batch, K, N]; channels_last: lies in memory as [batch, N, K].
+py::object unproject(const Backend& backend, const py::array& features, const py::array& projections,
+                     const py::array& grid, const Operand& confidences, const Sizes& size, int aggregation,
+                     bool exclude, bool official, bool channels_last) {
+  return dispatch_logits(features, [&](auto element) -> py::object {
+    using In = decltype(element);
+    const auto inputs =
+        unproject_inputs<In>(features, projections, grid, confidences, size, aggregation, exclude, official);
+    const int64_t channels = inputs.features.size_at(3), points = points_of(inputs);
+    py::array volume = channels_last ? new_array<In>(batch_of_volume(inputs), {points, channels})
+                                     : new_array<In>(batch_of_volume(inputs), {channels, points});
+    if (channels_last) volume = volume.attr("swapaxes")(-1, -2);
+    testing::unproject<In>(backend, inputs, operand<In>(volume, "volume"));
+    return std::move(volume);
+  });
+}
+
+// Gradients in the batch of all operands; to the features in the order of `like`, an array of their shape.
+py::object unproject_backward(const Backend& backend, const py::array& grad, const py::array& features,
+                              const py::array& projections, const py::array& grid, const Operand& confidences,
+                              const Sizes& size, int aggregation, bool exclude, bool official, bool deterministic,
+                              bool channels_last, bool want_features, bool want_projections, bool want_grid,
+                              bool want_confidences) {
+  return dispatch_logits(features, [&](auto element) -> py::object {
+    using In = decltype(element);
+    using T = Accumulator<In>;
+    const auto inputs =
+        unproject_inputs<In>(features, projections, grid, confidences, size, aggregation, exclude, official);
+    const Array g = operand<In>(grad, "grad");
+    const Sizes batch = testing::broadcast(batch_of_volume(inputs), testing::batch_of(g, 2));
+    const int64_t views = inputs.features.size_at(4), channels = inputs.features.size_at(3),
+                  height = inputs.features.size_at(2), width = inputs.features.size_at(1);
+    Operand grad_features = channels_last ? new_array_if<In>(want_features, batch, {views, height, width, channels})
+                                          : new_array_if<In>(want_features, batch, {views, channels, height, width});
+    if (channels_last && want_features)
+      grad_features = grad_features->attr("swapaxes")(-1, -2).attr("swapaxes")(-2, -3);
+    const Operand grad_projections = new_array_if<T>(want_projections, batch, {views, 3, 4});
+    const Operand grad_grid = new_array_if<T>(want_grid, batch, {inputs.grid.size_at(2), 3});
+    const Operand grad_confidences =
+        new_array_if<T>(want_confidences && confidences.has_value(), batch, {views, channels});
+    testing::unproject_backward<In>(
+        backend, g, inputs, deterministic,
+        {operand<In>(grad_features, "grad_features"), operand<T>(grad_projections, "grad_projections"),
+         operand<T>(grad_grid, "grad_grid"), operand<T>(grad_confidences, "grad_confidences")});
+    return py::make_tuple(grad_features, grad_projections, grad_grid, grad_confidences);
+  });
+}
+
 void check_maps(const py::array& logits, int dims) {
   if ((dims != 2 && dims != 3) || logits.ndim() < dims)
     throw py::value_error("dims must be 2 or 3, and logits [..., H, W] or [..., X, Y, Z]");
@@ -274,6 +351,14 @@ PYBIND11_MODULE(tritool_bridge, m) {
   m.def("project", &project, py::arg("backend"), py::arg("points"), py::arg("projections"));
   m.def("project_backward", &project_backward, py::arg("backend"), py::arg("grad"), py::arg("points"),
         py::arg("projections"), py::kw_only(), py::arg("want_points") = true, py::arg("want_projections") = true);
+  m.def("unproject", &unproject, py::arg("backend"), py::arg("features"), py::arg("projections"), py::arg("grid"),
+        py::arg("confidences"), py::kw_only(), py::arg("size"), py::arg("aggregation"), py::arg("exclude"),
+        py::arg("official"), py::arg("channels_last"));
+  m.def("unproject_backward", &unproject_backward, py::arg("backend"), py::arg("grad"), py::arg("features"),
+        py::arg("projections"), py::arg("grid"), py::arg("confidences"), py::kw_only(), py::arg("size"),
+        py::arg("aggregation"), py::arg("exclude"), py::arg("official"), py::arg("deterministic"),
+        py::arg("channels_last"), py::arg("want_features") = true, py::arg("want_projections") = true,
+        py::arg("want_grid") = true, py::arg("want_confidences") = true);
   m.def("softmax_moments", &softmax_moments, py::arg("backend"), py::arg("logits"), py::kw_only(), py::arg("dims"),
         py::arg("inverse_temperature") = 1.0, py::arg("with_covariance") = true);
   m.def("softmax_moments_backward", &softmax_moments_backward, py::arg("backend"), py::arg("grad_mean"),

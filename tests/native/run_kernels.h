@@ -14,6 +14,7 @@
 #include "kernels/project.h"
 #include "kernels/soft_argmax.h"
 #include "kernels/triangulate.h"
+#include "kernels/unproject.h"
 
 namespace tritool::testing {
 
@@ -263,6 +264,127 @@ void project_backward(const Backend& backend, const Array& grad, const Array& po
   params.partial_sums = partial_sums.data();
   if (backend.emulated_cuda) return check_launch(cuda::project_backward(params, plan, nullptr));
   run_shared_sum(backend, params, plan, TRITOOL_KERNELS_OF(backend.isa, project_kernels, T));
+}
+
+// ---- Unprojection ----
+
+struct UnprojectInputs {
+  Array features, projections, grid, confidences;
+  Sizes size;  // of a frame; empty: the grid is points
+  int aggregation;
+  bool exclude, official;
+};
+
+struct UnprojectOutputs {
+  Array features, projections, grid, confidences;
+};
+
+template <int64_t kCount>
+void set_strides(int64_t (&strides)[kCount], const Array& array) {
+  for (int64_t d = 0; d < kCount; ++d) strides[d] = array.stride_at(int(kCount - d));
+}
+
+// volume: [batch, K, N], in the batch of all operands. `stored`: where staged features lie.
+template <class In>
+UnprojectParams<In> unproject_params(const Backend& backend, const UnprojectInputs& inputs, const Array& volume,
+                                     const Array& grad_features, std::vector<uint64_t>& stored) {
+  using T = Accumulator<In>;
+  check_trailing(inputs.features, "features", {-1, -1, -1, -1});
+  UnprojectParams<In> params{};
+  params.features = inputs.features.template as<In>();
+  params.projections = inputs.projections.template as<T>();
+  params.grid = inputs.grid.template as<T>();
+  params.confidences = inputs.confidences.template as<T>();
+  params.volume = volume.as<In>();
+  params.views = static_cast<int>(inputs.features.size_at(4));
+  params.channels = inputs.features.size_at(3);
+  params.height = inputs.features.size_at(2);
+  params.width = inputs.features.size_at(1);
+  check_trailing(inputs.projections, "projections", {params.views, 3, 4});
+  check_trailing(inputs.grid, "grid", {inputs.size.empty() ? -1 : 4, 3});
+  params.points = inputs.size.empty() ? inputs.grid.size_at(2) : 1;
+  for (size_t d = 0; d < inputs.size.size(); ++d) {
+    params.grid_size[d] = inputs.size[d];
+    params.points *= inputs.size[d];
+  }
+  check_trailing(volume, "volume", {params.channels, params.points});
+  set_strides(params.features_stride, inputs.features);
+  set_strides(params.projections_stride, inputs.projections);
+  set_strides(params.grid_stride, inputs.grid);
+  if (inputs.confidences.data != nullptr) {
+    check_trailing(inputs.confidences, "confidences", {params.views, params.channels});
+    set_strides(params.confidences_stride, inputs.confidences);
+  }
+  set_strides(params.volume_stride, volume);
+  params.aggregation = inputs.aggregation;
+  params.exclude = inputs.exclude;
+  params.official = inputs.official;
+  params.rows = backend.emulated_cuda ? cuda::unproject_rows(params)
+                                      : unproject_rows(params, params.features_stride, cpu::unproject_quantum<In>,
+                                                       sizeof(In) == sizeof(T));
+  const Sizes batch = batch_of(volume, 2);
+  const Sizes strides[] = {batch_strides(inputs.features, 4, batch),    Sizes(batch.size(), 0),
+                           batch_strides(inputs.projections, 3, batch), batch_strides(inputs.grid, 2, batch),
+                           batch_strides(inputs.confidences, 2, batch), batch_strides(volume, 2, batch),
+                           batch_strides(grad_features, 4, batch)};
+  const int64_t* pointers[UnprojectParams<In>::kOperands];
+  for (int o = 0; o < UnprojectParams<In>::kOperands; ++o) pointers[o] = strides[o].data();
+  if (!set_unproject_batch(params, batch.data(), static_cast<int>(batch.size()), pointers))
+    throw std::invalid_argument("too many batch dimensions that cannot be merged");
+  // More than is asked for: the emulated device wants rows that start at a multiple of 16 bytes.
+  const int64_t bytes = staged_count(params) * int64_t(backend.emulated_cuda ? sizeof(In) : sizeof(T));
+  stored.assign(static_cast<size_t>(bytes / 8 + 3), 0x5a5a5a5a5a5a5a5a);
+  params.staged = stored.data() + (reinterpret_cast<uintptr_t>(stored.data()) % 16 != 0);
+  return params;
+}
+
+template <class In>
+void stage(const Backend& backend, const UnprojectParams<In>& params, const cpu::UnprojectKernels<In>& kernels) {
+  if (!params.rows.staged) return;
+  in_threads(backend.threads, params.own_maps.count * params.views * params.height,
+             [&](int64_t begin, int64_t end) { kernels.stage(params, begin, end); });
+}
+
+template <class In>
+void unproject(const Backend& backend, const UnprojectInputs& inputs, const Array& volume) {
+  std::vector<uint64_t> stored;
+  const UnprojectParams<In> params = unproject_params<In>(backend, inputs, volume, {}, stored);
+  if (backend.emulated_cuda) return check_launch(cuda::unproject(params, nullptr));
+  const auto& kernels = TRITOOL_KERNELS_OF(backend.isa, unproject_kernels, In);
+  stage(backend, params, kernels);
+  in_threads(backend.threads, params.batch.count * cpu::unproject_blocks(params.points),
+             [&](int64_t begin, int64_t end) { kernels.forward(params, begin, end); });
+}
+
+// Gradients in the batch of all operands, contiguous but for the features', which may have any strides.
+template <class In>
+void unproject_backward(const Backend& backend, const Array& grad, const UnprojectInputs& inputs, bool deterministic,
+                        const UnprojectOutputs& outputs) {
+  using T = Accumulator<In>;
+  std::vector<uint64_t> stored;
+  const UnprojectParams<In> params = unproject_params<In>(backend, inputs, grad, outputs.features, stored);
+  UnprojectGradients<In> gradients{};
+  gradients.features = outputs.features.template as<In>();
+  gradients.projections = outputs.projections.template as<T>();
+  gradients.grid = outputs.grid.template as<T>();
+  gradients.confidences = outputs.confidences.template as<T>();
+  if (gradients.features != nullptr) set_strides(gradients.features_stride, outputs.features);
+  const UnprojectPlan plan = backend.emulated_cuda ? cuda::unproject_plan(params, gradients, deterministic)
+                                                   : cpu::unproject_plan(params, gradients);
+  std::vector<double> sums(static_cast<size_t>(plan.sums_count) + 2, 0.0 / 0.0),
+      partial(static_cast<size_t>(plan.partial_bytes / 8) + 1, 0.0 / 0.0);
+  gradients.sums = reinterpret_cast<T*>(sums.data() + (reinterpret_cast<uintptr_t>(sums.data()) % 16 != 0));
+  gradients.partial = partial.data();
+  if (backend.emulated_cuda) return check_launch(cuda::unproject_backward(params, gradients, plan, nullptr));
+  const auto& kernels = TRITOOL_KERNELS_OF(backend.isa, unproject_kernels, In);
+  stage(backend, params, kernels);
+  in_threads(backend.threads, plan.units,
+             [&](int64_t begin, int64_t end) { kernels.backward(params, gradients, plan, begin, end); });
+  if (gradients.features != nullptr && !gradients.direct)
+    in_threads(backend.threads, params.batch.count * params.views * params.height,
+               [&](int64_t begin, int64_t end) { kernels.backward_rows(params, gradients, plan, begin, end); });
+  in_threads(backend.threads, params.batch.count,
+             [&](int64_t begin, int64_t end) { kernels.backward_sums(params, gradients, plan, begin, end); });
 }
 
 // ---- Softmax moments ----
