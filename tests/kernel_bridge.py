@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scenes import AGGREGATIONS, Unprojection
 
 Array = npt.NDArray[Any]
 
@@ -101,6 +102,60 @@ class Kernels:
         arguments = self.cast(grad, points, projections)
         gradients: tuple[Array, Array] = bridge.project_backward(self._handle, *arguments, **want)
         return gradients
+
+    def unproject(self, scene: Unprojection, *, channels_last: bool = False) -> Array:
+        """The volume, [B, K, X, Y, Z] or [B, K, ...]."""
+        inputs, options = self._unproject_arguments(scene)
+        volume = np.asarray(
+            bridge.unproject(self._handle, *inputs, **options, channels_last=channels_last)
+        )
+        return volume.reshape(scene.shape)
+
+    def unproject_vjp(
+        self,
+        grad: Array,
+        scene: Unprojection,
+        *,
+        channels_last: bool = False,
+        deterministic: bool = False,
+        **want: bool,
+    ) -> tuple[Array | None, ...]:
+        """Gradients to features, projections, grid ([B, 4, 3] or points) and confidences.
+
+        In the full batch, those to confidences for every channel.
+        """
+        inputs, options = self._unproject_arguments(scene)
+        dtype = np.asarray(inputs[0]).dtype
+        flat = np.asarray(grad).reshape(*grad.shape[:2], -1).astype(dtype, copy=False)
+        gradients = bridge.unproject_backward(
+            self._handle, flat, *inputs, **options,
+            channels_last=channels_last, deterministic=deterministic, **want,
+        )  # fmt: skip
+        return tuple(None if g is None else np.asarray(g) for g in gradients)
+
+    def _unproject_arguments(self, scene: Unprojection) -> tuple[list[Any], dict[str, Any]]:
+        features, projections, grid, confidences = (
+            scene.features, scene.projections, scene.grid, scene.confidences,
+        )  # fmt: skip
+        if features.dtype not in (np.float16, np.uint16):
+            (features,) = self.cast(features)
+        size: list[int] = []
+        if isinstance(grid, tuple):
+            origin, axes, shape = grid
+            size, places = list(shape), np.concatenate([origin[:, None], axes], 1)
+        else:
+            places = grid.reshape(len(grid), int(np.prod(grid.shape[1:-1])), 3)
+        if confidences is not None and confidences.ndim == 2:
+            confidences = np.broadcast_to(
+                confidences[..., None], (*confidences.shape, features.shape[2])
+            )
+        options = {
+            "size": size,
+            "aggregation": AGGREGATIONS.index(scene.aggregation),
+            "exclude": scene.outside == "exclude",
+            "official": scene.sampling == "official",
+        }
+        return [features, *self.cast(projections, places, confidences)], options
 
     def moments(self, logits: Array, dims: int, alpha: float = 1.0) -> Moments:
         if logits.dtype not in (np.float16, np.uint16):

@@ -161,10 +161,10 @@ UnprojectPlan unproject_plan(const UnprojectParams<In>& params, UnprojectGradien
   UnprojectPlan plan{};
   const int64_t items = params.batch.count;
   // The gradient to a point sums over all channels: they stay together.
-  plan.group_channels =
-      gradients.grid != nullptr && params.grid_size[0] == 0 ? params.rows.row : 2 * unproject_quantum<In>;
-  plan.groups = (params.rows.row + plan.group_channels - 1) / plan.group_channels;
-  const int64_t wanted = items * plan.groups == 0 ? 1 : 8 / (items * plan.groups);
+  const bool together = gradients.grid != nullptr && params.grid_size[0] == 0;
+  plan.group_channels = together && params.rows.row > 0 ? params.rows.row : 2 * unproject_quantum<In>;
+  plan.groups = params.rows.row == 0 ? 1 : (params.rows.row + plan.group_channels - 1) / plan.group_channels;
+  const int64_t wanted = items == 0 ? 1 : 8 / (items * plan.groups);
   const int64_t volume = params.channels * params.points, features = params.views * params.rows.view;
   const int64_t room = features == 0 ? 4 : volume / 2 / features;
   plan.parts = wanted < room ? wanted : room;

@@ -351,13 +351,20 @@ Tiles<T, kPacks> tiles_for(int aggregation, bool weighted) {
   }
 }
 
-// Runs over the channels begin .. end-1, two packs at a time and one where no more are left.
+// Runs over the channels begin .. end-1, two packs at a time and one where no more are left; rows go on for a whole
+// pack beyond the end.
 template <class T, class Run>
 void for_channels(int64_t begin, int64_t end, Run&& run) {
   constexpr int N = kLanesOf<T>;
-  int64_t channel = begin;
-  for (; channel + 2 * N <= end; channel += 2 * N) run(channel, std::integral_constant<int, 2>());
-  for (; channel < end; channel += N) run(channel, std::integral_constant<int, 1>());
+  for (int64_t channel = begin; channel < end;) {
+    if (channel + N < end && channel % (2 * N) == 0) {
+      run(channel, std::integral_constant<int, 2>());
+      channel += 2 * N;
+    } else {
+      run(channel, std::integral_constant<int, 1>());
+      channel += N;
+    }
+  }
 }
 
 // Between a tile [voxel, channel] and the volume, both ways; channels beyond the last are read as 0.
@@ -492,7 +499,7 @@ void forward(const UnprojectParams<In>& params, int64_t begin, int64_t end) {
     const int64_t number = index / blocks, first = (index - number * blocks) * kBlock;
     item.load(number);
     const int lanes = item.template project<false>(first);
-    for_channels<T>(0, params.rows.row, [&](int64_t channel, auto packs) {
+    for_channels<T>(0, params.channels, [&](int64_t channel, auto packs) {
       if constexpr (packs.value == 2)
         two.forward(item.views, lanes, channel, tile);
       else
@@ -607,11 +614,13 @@ void backward(const UnprojectParams<In>& params, const UnprojectGradients<In>& g
     const int64_t number = unit / (plan.groups * plan.parts), rest = unit - number * plan.groups * plan.parts;
     const int64_t group = rest / plan.parts, part = rest - group * plan.parts;
     const int64_t first_channel = group * plan.group_channels, row = params.rows.row;
-    const int64_t last_channel = first_channel + plan.group_channels < row ? first_channel + plan.group_channels : row;
+    const int64_t last_channel =
+        first_channel + plan.group_channels < params.channels ? first_channel + plan.group_channels : params.channels;
     item.load(number);
     T* features = gradient_rows(params, gradients, number, part, item.offset);
     for (int64_t pixel = 0; features != nullptr && pixel < params.views * params.height * params.width; ++pixel)
-      for (int64_t k = first_channel; k < last_channel; ++k) features[pixel * row + k] = T(0);
+      for (int64_t k = first_channel; k < row && k < first_channel + plan.group_channels; ++k)
+        features[pixel * row + k] = T(0);
     small.clear();
     const Sums<T> sums{features, small.confidences(), moving ? pixels.data() : nullptr};
     T* grad_points =

@@ -53,8 +53,9 @@ TRITOOL_HD Footprint<T> footprint_of(const T (&point)[3], const T (&matrix)[3][4
   const T x = image[0] / image[2] * map.scale_x, y = image[1] / image[2] * map.scale_y;
   Footprint<T> result;
   const auto behind = image[2] <= T(0);
-  result.seen = (image[2] > T(0)) & (x > T(-1)) & (x < map.width) & (y > T(-1)) & (y < map.height);
-  result.unknown = (!behind) & (is_nan(x) | is_nan(y) | is_nan(image[2]));  // infinite pixels are known to be outside
+  result.seen = (!behind) & is_finite(image[2]) & (x > T(-1)) & (x < map.width) & (y > T(-1)) & (y < map.height);
+  result.unknown =
+      (!behind) & ((!is_finite(image[2])) | is_nan(x) | is_nan(y));  // infinite pixels are known to be outside
   footprint_along(x, map.width, result.seen, result.column, result.along_x, result.slope_x);
   footprint_along(y, map.height, result.seen, result.row, result.along_y, result.slope_y);
   return result;
@@ -64,7 +65,8 @@ enum class Aggregation { kSum, kMean, kSoftmax, kMax };
 
 // The aggregate over the views of one channel of one voxel, and its derivatives. Views are added one after the other:
 // the softmax keeps its sums relative to the largest value yet, so that one exponential a view serves. A view of
-// confidence 0 is absent; a negative or NaN one makes the result NaN. Without kWeighted all confidences are 1.
+// confidence 0 is absent; one that is negative or not finite makes the result NaN. Without kWeighted all confidences
+// are 1.
 //
 // After the last view, value_slope() and confidence_slope() give d result / d value and d result / d confidence of a
 // view; for the maximum the views must be asked in the order in which they were added, once each.
@@ -74,7 +76,7 @@ class ViewAggregate {
   TRITOOL_HD void add(T value, T confidence) {
     [[maybe_unused]] const auto present = confidence != T(0);
     if constexpr (kWeighted) {
-      confidence = select(confidence < T(0), quiet_nan<T>(), confidence);
+      confidence = select((confidence >= T(0)) & is_finite(confidence), confidence, quiet_nan<T>());
       value = select(present, value, T(0));  // 0 * NaN
     }
     if constexpr (kBy == Aggregation::kSum || kBy == Aggregation::kMean) {
@@ -127,7 +129,10 @@ class ViewAggregate {
     } else if constexpr (kBy == Aggregation::kMean) {
       return confidence / select(norm_ == T(0), T(1), norm_);
     } else if constexpr (kBy == Aggregation::kSoftmax) {
-      return confidence * probability(value, confidence) * (T(1) + value - result);
+      const T slope = confidence * probability(value, confidence) * (T(1) + value - result);
+      // An absent view; if it is alone its probability is not a number.
+      if constexpr (kWeighted) return select(confidence == T(0), T(0), slope);
+      return slope;
     } else {
       auto largest = value == level_;
       if constexpr (kWeighted) largest = largest & (confidence != T(0));

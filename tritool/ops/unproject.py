@@ -66,8 +66,8 @@ def unproject(
     Returns:
         `[B, K, X, Y, Z]`, or `[B, K, ...]` for points `[B, ..., 3]`, in the dtype of the features
         and channels-last if they are. A voxel is NaN, and passes no gradient, where the projection
-        of a view that takes part is not a number or its confidence negative or NaN. A NaN among the
-        features spoils the voxels that sample it, and no gradient but its own.
+        of a view that takes part is not a number or its confidence negative or not finite. A NaN
+        among the features spoils the voxels that sample it, and no gradient but its own.
 
     Raises:
         TypeError: An argument is not a floating-point tensor, or `grid` neither tensor nor grid.

@@ -307,7 +307,7 @@ def _find(
         pixel = scale * (h[:, :2] / depth[:, None])
         behind = depth <= 0.0
         inside = (pixel > -1.0).all(-1) & (pixel[:, 0] < size[1]) & (pixel[:, 1] < size[0])
-    unknown = ~behind & (np.isnan(depth) | np.isnan(pixel).any(-1))
+    unknown = ~behind & (~np.isfinite(depth) | np.isnan(pixel).any(-1))
     sees = ~behind & ~unknown & inside
     pixel = np.where(sees[:, None], pixel, 0.0)
     corner = np.floor(pixel)
@@ -389,7 +389,7 @@ def _aggregate(
     )
     unknown = np.array([view.unknown for view in views], dtype=bool).reshape(sees.shape)
     takes_part = (w != 0.0) & (sees | (outside == "zeros") | unknown)
-    defined = ~(takes_part & (unknown | ~(w >= 0.0))).any(0)
+    defined = ~(takes_part & (unknown | ~((w >= 0.0) & (w < np.inf)))).any(0)
     w = np.where(takes_part, w, 0.0)
     v = np.where(takes_part, values, 0.0)
     largest = np.where(takes_part, values, -np.inf).max(0, initial=-np.inf)

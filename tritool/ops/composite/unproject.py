@@ -127,7 +127,7 @@ def _unproject(
     weights = weights if confidences is None else confidences.double()[..., None]
     takes_part = (weights != 0) & (taps.seen | taps.unknown | (not exclude))
     weights = torch.where(takes_part, weights, 0)
-    weights = torch.where(weights < 0, torch.nan, weights)
+    weights = torch.where((weights < 0) | weights.isinf(), torch.nan, weights)
 
     def values(tap_weights: Sequence[Tensor]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=features.device)
@@ -181,8 +181,8 @@ def _project(projections: Tensor, world: Tensor, height: int, width: int, offici
         depth = image[..., 2]
         pixel = image[..., :2] / depth[..., None] * scale
         limit = torch.tensor([width, height], dtype=torch.float64, device=world.device)
-        in_front = depth > 0
-        unknown = ~(depth <= 0) & (depth.isnan() | pixel.isnan().any(-1))
+        in_front = (depth > 0) & depth.isfinite()
+        unknown = ~(depth <= 0) & (~depth.isfinite() | pixel.isnan().any(-1))
         seen = in_front & ((pixel > -1) & (pixel < limit)).all(-1)
     finite = torch.where(projections.isfinite(), projections, 0)
     image = images(finite, torch.where(world.isfinite(), world, 0))
