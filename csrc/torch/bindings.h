@@ -51,4 +51,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unproject_backward(const Tensor& grad
                                                               bool want_features, bool want_projections, bool want_grid,
                                                               bool want_confidences);
 
+// heatmaps, depth_maps [batch, H, W], each in any strides -> position [batch, 3], partition [batch, 2]
+std::tuple<Tensor, Tensor> soft_argmax25d(const Tensor& heatmaps, const Tensor& depth_maps, double inverse_temperature);
+// grad [batch, 3] -> gradients to heatmaps and depth_maps, each in the strides of its maps
+std::tuple<Tensor, Tensor> soft_argmax25d_backward(const Tensor& grad, const Tensor& heatmaps, const Tensor& depth_maps,
+                                                   const Tensor& position, const Tensor& partition,
+                                                   double inverse_temperature);
+
 }  // namespace tritool

@@ -58,7 +58,9 @@ void check_launch(int error, const char* op) {
   m.impl("softmax_moments", TORCH_BOX(&tritool::softmax_moments));                   \
   m.impl("softmax_moments_backward", TORCH_BOX(&tritool::softmax_moments_backward)); \
   m.impl("unproject", TORCH_BOX(&tritool::unproject));                               \
-  m.impl("unproject_backward", TORCH_BOX(&tritool::unproject_backward))
+  m.impl("unproject_backward", TORCH_BOX(&tritool::unproject_backward));             \
+  m.impl("soft_argmax25d", TORCH_BOX(&tritool::soft_argmax25d));                     \
+  m.impl("soft_argmax25d_backward", TORCH_BOX(&tritool::soft_argmax25d_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(tritool, CPU, m) { TRITOOL_IMPLEMENT(m); }
 // Also where the CUDA kernels were not built: the op then says so, instead of the dispatcher's riddle.

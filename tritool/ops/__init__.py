@@ -12,6 +12,7 @@ from tritool.ops.soft_argmax import (
     softmax_moments2d,
     softmax_moments3d,
 )
+from tritool.ops.soft_argmax25d import SoftArgmax25d, soft_argmax25d
 from tritool.ops.triangulate import Triangulate, triangulate
 from tritool.ops.unproject import Unproject, unproject
 
@@ -20,12 +21,14 @@ __all__ = [
     "Project",
     "SoftArgmax2d",
     "SoftArgmax3d",
+    "SoftArgmax25d",
     "SoftmaxMoments",
     "Triangulate",
     "Unproject",
     "project",
     "soft_argmax2d",
     "soft_argmax3d",
+    "soft_argmax25d",
     "softmax_moments2d",
     "softmax_moments3d",
     "triangulate",
