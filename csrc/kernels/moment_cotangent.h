@@ -11,7 +11,7 @@ template <class In>
 TRITOOL_HD MomentCotangent<Accumulator<In>> moment_cotangent(const SoftmaxMomentsBackwardParams<In>& params,
                                                              int64_t map) {
   using T = Accumulator<In>;
-  const int dims = params.dims;
+  const int dims = params.dims, columns = mean_size(params);
   MomentCotangent<T> result{};
   const T sum = params.partition[2 * map + 1];
   result.level = params.partition[2 * map];
@@ -22,8 +22,8 @@ TRITOOL_HD MomentCotangent<Accumulator<In>> moment_cotangent(const SoftmaxMoment
   for (int a = 0; a < 3; ++a) {
     const int d = moment_axis(dims, a);
     if (d >= dims) continue;
-    result.mean[a] = params.mean[map * dims + d];
-    if (params.grad_mean != nullptr) result.grad_mean[a] = params.grad_mean[map * dims + d];
+    result.mean[a] = params.mean[map * columns + d];
+    if (params.grad_mean != nullptr) result.grad_mean[a] = params.grad_mean[map * columns + d];
     for (int b = a; grad != nullptr && b < 3; ++b) {
       const int e = moment_axis(dims, b);
       const T symmetric = T(0.5) * (grad[d * dims + e] + grad[e * dims + d]);
@@ -31,6 +31,8 @@ TRITOOL_HD MomentCotangent<Accumulator<In>> moment_cotangent(const SoftmaxMoment
       result.constant -= (a == b ? T(1) : T(2)) * symmetric * params.covariance[(map * dims + d) * dims + e];
     }
   }
+  if (params.values != nullptr)
+    result.value = value_cotangent(params.grad_mean[map * columns + dims], params.mean[map * columns + dims]);
   return result;
 }
 

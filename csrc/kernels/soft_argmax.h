@@ -7,7 +7,12 @@
 //   log_partition [maps]          log sum exp(inverse_temperature * logits)
 //   partition     [maps, 2]       (level, sum), what the backward needs to make the weights again
 //
-// float16 and bfloat16 logits are read as such; everything else is float32 then. The mathematics, masks (-inf) and maps
+// or, with a second map of values (soft_argmax25d), which has strides of its own,
+//
+//   values        [maps, 1, Y, Z]
+//   mean          [maps, 3]       (x, y) and the expectation of the values; no covariance, no log_partition
+//
+// float16 and bfloat16 maps are read as such; everything else is float32 then. The mathematics, masks (-inf) and maps
 // that have no mean (NaN) are those of math/soft_argmax.h. Sums are taken in a fixed order: same input, same bits.
 #pragma once
 
@@ -28,14 +33,16 @@ TRITOOL_BATCH_HD int moment_axis(int dims, int d) { return dims == 2 ? 2 - d : d
 template <class In>
 struct SoftmaxMomentsParams {
   using T = Accumulator<In>;
+  enum Operand { kLogits, kValues, kOperands };
   const In* logits;
+  const In* values;  // may be null; its strides are those of the logits then
   T* mean;
-  T* covariance;  // may be null
-  T* log_partition;
+  T* covariance;     // may be null; is, where there are values
+  T* log_partition;  // null where there are values
   T* partition;
-  Batch<1> maps;
+  Batch<kOperands> maps;
   int64_t size[3];
-  int64_t stride[3];
+  int64_t stride[kOperands][3];
   int dims;            // 2 or 3
   T c;                 // inverse_temperature * log2(e)
   bool maps_adjacent;  // neighbouring maps lie side by side in memory (channels last)
@@ -45,10 +52,12 @@ struct SoftmaxMomentsParams {
 template <class In>
 struct SoftmaxMomentsBackwardParams {
   using T = Accumulator<In>;
-  enum Operand { kLogits, kGradLogits, kOperands };
+  enum Operand { kLogits, kGradLogits, kValues, kGradValues, kOperands };
   const In* logits;
   In* grad_logits;
-  const T* mean;        // [maps, D], contiguous, and so are the next ones
+  const In* values;  // null, and its gradient too, as in the forward pass
+  In* grad_values;
+  const T* mean;        // as it came out of the forward pass, contiguous, and so are the next ones
   const T* covariance;  // null where grad_covariance is
   const T* partition;
   const T* grad_mean;  // each may be null: no such gradient
@@ -62,6 +71,12 @@ struct SoftmaxMomentsBackwardParams {
   T inverse_temperature;
   bool maps_adjacent;
 };
+
+// The length of a mean: with values, their expectation comes last.
+template <class Params>
+TRITOOL_BATCH_HD int mean_size(const Params& params) {
+  return params.values == nullptr ? params.dims : params.dims + 1;
+}
 
 // What maps_adjacent is to be: whether neighbouring maps lie side by side in memory, and are enough to fill the lanes.
 // inner_stride: each operand's stride along the last axis.

@@ -20,9 +20,10 @@ struct alignas(sizeof(In) * kCount) Vector {
   In element[kCount];
 };
 
-template <class T, bool kSecond>
-__device__ __forceinline__ MomentState<T, kSecond> shuffle_xor(const MomentState<T, kSecond>& state, int mask) {
-  MomentState<T, kSecond> other;
+template <class T, Keep kKeep>
+__device__ __forceinline__ MomentState<T, kKeep> shuffle_xor(const MomentState<T, kKeep>& state, int mask) {
+  constexpr bool kSecond = kKeep == Keep::kCovariance;
+  MomentState<T, kKeep> other;
   other.level = __shfl_xor_sync(kFullWarp, state.level, mask);
   other.sum = __shfl_xor_sync(kFullWarp, state.sum, mask);
   for (int a = 0; a < 3; ++a) {
@@ -32,16 +33,20 @@ __device__ __forceinline__ MomentState<T, kSecond> shuffle_xor(const MomentState
   }
   for (int k = 0; k < (kSecond ? 6 : 1); ++k)
     other.second[k] = kSecond ? __shfl_xor_sync(kFullWarp, state.second[k], mask) : T(0);
+  if constexpr (kKeep == Keep::kExpectation) {
+    other.value.sum = __shfl_xor_sync(kFullWarp, state.value.sum, mask);
+    other.value.spoilt = __shfl_xor_sync(kFullWarp, state.value.spoilt, mask);
+  }
   return other;
 }
 
 // The merge of all lanes, in every lane: the lower lane's state is always the left operand, so that all agree.
-template <class T, bool kSecond>
-__device__ __forceinline__ MomentState<T, kSecond> warp_merge(MomentState<T, kSecond> state) {
+template <class T, Keep kKeep>
+__device__ __forceinline__ MomentState<T, kKeep> warp_merge(MomentState<T, kKeep> state) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int mask = 1; mask < kWarpSize; mask *= 2) {
-    MomentState<T, kSecond> other = shuffle_xor(state, mask);
+    MomentState<T, kKeep> other = shuffle_xor(state, mask);
     if (lane & mask) {
       other.merge(state);
       state = other;
@@ -52,55 +57,73 @@ __device__ __forceinline__ MomentState<T, kSecond> warp_merge(MomentState<T, kSe
   return state;
 }
 
-template <class T, bool kSecond>
-__device__ __forceinline__ void pack_state(const MomentState<T, kSecond>& state, T* to) {
+template <class T, Keep kKeep>
+__device__ __forceinline__ void pack_state(const MomentState<T, kKeep>& state, T* to) {
   to[0] = state.level;
   to[1] = state.sum;
   for (int a = 0; a < 3; ++a) to[2 + a] = state.first[a];
   for (int a = 0; a < 3; ++a) to[5 + a] = state.origin[a];
-  for (int k = 0; k < 6; ++k) to[8 + k] = kSecond ? state.second[kSecond ? k : 0] : T(0);
+  if constexpr (kKeep == Keep::kCovariance)
+    for (int k = 0; k < 6; ++k) to[8 + k] = state.second[k];
+  if constexpr (kKeep == Keep::kExpectation) {
+    to[8] = state.value.sum;
+    to[9] = state.value.spoilt;
+  }
 }
-template <class T, bool kSecond>
-__device__ __forceinline__ MomentState<T, kSecond> unpack_state(const T* from) {
-  MomentState<T, kSecond> state;
+template <class T, Keep kKeep>
+__device__ __forceinline__ MomentState<T, kKeep> unpack_state(const T* from) {
+  MomentState<T, kKeep> state;
   state.level = from[0];
   state.sum = from[1];
   for (int a = 0; a < 3; ++a) state.first[a] = from[2 + a];
   for (int a = 0; a < 3; ++a) state.origin[a] = from[5 + a];
-  for (int k = 0; k < (kSecond ? 6 : 1); ++k) state.second[k] = from[8 + k];
+  if constexpr (kKeep == Keep::kCovariance)
+    for (int k = 0; k < 6; ++k) state.second[k] = from[8 + k];
+  if constexpr (kKeep == Keep::kExpectation) state.value = {from[8], from[9]};
   return state;
 }
 
-template <class In, bool kSecond>
+// Element (i, j, k) of a map; `base` its first.
+template <class In>
+__device__ __forceinline__ In* element_of(In* base, const int64_t (&stride)[3], unsigned i, unsigned j, unsigned k) {
+  return base + i * stride[0] + j * stride[1] + k * stride[2];
+}
+
+template <class In, Keep kKeep>
 __device__ __forceinline__ void reset_state(const SoftmaxMomentsParams<In>& params,
-                                            MomentState<Accumulator<In>, kSecond>& state) {
+                                            MomentState<Accumulator<In>, kKeep>& state) {
   using T = Accumulator<In>;
   const T centre[3] = {T(0.5) * T(params.size[0] - 1), T(0.5) * T(params.size[1] - 1), T(0.5) * T(params.size[2] - 1)};
   state.reset(centre);
 }
 
-// One more voxel. The branch is rare: a level is raised a few times a thread.
-template <class T, bool kSecond>
-__device__ __forceinline__ void push(MomentState<T, kSecond>& state, T c, T logit, int i, int j, int k) {
+// One more voxel; `value` is its place in the second map, if there is one. The branch is rare: a level is raised a few
+// times a thread.
+template <class T, Keep kKeep, class In>
+__device__ __forceinline__ void push(MomentState<T, kKeep>& state, T c, T logit, const In* value, int i, int j, int k) {
   const T level = level_of(c, logit);
   if (level > state.level) {
     const T at[3] = {T(i), T(j), T(k)};
     state.raise(level, at);
   }
-  state.add(softmax_weight(c, logit, state.level), T(i), T(j), T(k));
+  const T weight = softmax_weight(c, logit, state.level);
+  state.add(weight, T(i), T(j), T(k));
+  if constexpr (kKeep == Keep::kExpectation) state.value.add(weight, logit, load(value));
 }
 
-template <class In, bool kSecond>
+template <class In, Keep kKeep>
 __device__ __forceinline__ void write_result(const SoftmaxMomentsParams<In>& params, int64_t map,
-                                             const MomentState<Accumulator<In>, kSecond>& state) {
+                                             const MomentState<Accumulator<In>, kKeep>& state) {
+  using T = Accumulator<In>;
   const int dims = params.dims;
+  T* mean = params.mean + map * mean_size(params);
   // Loops over axes, not results: an index known only at run time would put the state into local memory.
 #pragma unroll
   for (int axis = 0; axis < 3; ++axis) {
     const int d = moment_axis(dims, axis);
     if (d >= dims) continue;
-    params.mean[map * dims + d] = state.mean(axis);
-    if constexpr (kSecond) {
+    mean[d] = state.mean(axis);
+    if constexpr (kKeep == Keep::kCovariance) {
 #pragma unroll
       for (int other = 0; other < 3; ++other) {
         const int e = moment_axis(dims, other);
@@ -108,25 +131,29 @@ __device__ __forceinline__ void write_result(const SoftmaxMomentsParams<In>& par
       }
     }
   }
-  params.log_partition[map] = state.log_partition();
+  if constexpr (kKeep == Keep::kExpectation)
+    mean[dims] = state.expectation(softmax_weight(params.c, state.value.spoilt, state.level));
+  else
+    params.log_partition[map] = state.log_partition();
   params.partition[2 * map] = state.level;
   params.partition[2 * map + 1] = state.sum;
 }
 
-template <class In, bool kSecond>
+template <class In, Keep kKeep>
 __device__ __forceinline__ void write_result_or_partial(const SoftmaxMomentsParams<In>& params, int64_t map, int split,
-                                                        int splits,
-                                                        const MomentState<Accumulator<In>, kSecond>& state) {
+                                                        int splits, const MomentState<Accumulator<In>, kKeep>& state) {
   if (splits == 1)
-    write_result<In, kSecond>(params, map, state);
+    write_result<In, kKeep>(params, map, state);
   else
     pack_state(state, params.partial + (map * splits + split) * cuda::kMomentStateSize);
 }
 
 // Blocks: maps x splits. kWidth elements a load; more than one only for maps that are dense rows of a multiple of it.
-template <class In, bool kSecond, int kWidth>
+template <class In, Keep kKeep, int kWidth>
 __global__ void __launch_bounds__(kBlock) moments_rows_kernel(SoftmaxMomentsParams<In> params, int splits) {
+  using Params = SoftmaxMomentsParams<In>;
   using T = Accumulator<In>;
+  constexpr bool kValue = kKeep == Keep::kExpectation;
   TRITOOL_SHARED(T, merged, kWarps * cuda::kMomentStateSize);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const unsigned depth = static_cast<unsigned>(params.size[1]), width = static_cast<unsigned>(params.size[2]);
@@ -135,22 +162,27 @@ __global__ void __launch_bounds__(kBlock) moments_rows_kernel(SoftmaxMomentsPara
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const int64_t map = block / splits;
     const int split = static_cast<int>(block - map * splits);
-    int64_t offset[1];
+    int64_t offset[Params::kOperands];
     params.maps.offsets(map, offset);
-    const In* logits = params.logits + offset[0];
-    MomentState<T, kSecond> state;
-    reset_state<In, kSecond>(params, state);
+    const In* logits = params.logits + offset[Params::kLogits];
+    const In* values = kValue ? params.values + offset[Params::kValues] : nullptr;
+    MomentState<T, kKeep> state;
+    reset_state<In, kKeep>(params, state);
     for (unsigned load_index = split * kBlock + threadIdx.x; load_index < loads; load_index += splits * kBlock) {
       const unsigned element = load_index * kWidth;
       const unsigned row = element / width, k = element - row * width;
       const unsigned i = row / depth, j = row - i * depth;
       if constexpr (kWidth > 1) {
-        const auto vector = *reinterpret_cast<const Vector<In, kWidth>*>(logits + element);
+        using Load = Vector<In, kWidth>;
+        const Load vector = *reinterpret_cast<const Load*>(logits + element);
+        const Load value = kValue ? *reinterpret_cast<const Load*>(values + element) : Load{};
 #pragma unroll
-        for (int n = 0; n < kWidth; ++n) push(state, params.c, load(&vector.element[n]), int(i), int(j), int(k) + n);
+        for (int n = 0; n < kWidth; ++n)
+          push(state, params.c, load(&vector.element[n]), &value.element[n], int(i), int(j), int(k) + n);
       } else {
-        const T logit = load(logits + i * params.stride[0] + j * params.stride[1] + k * params.stride[2]);
-        push(state, params.c, logit, int(i), int(j), int(k));
+        const T logit = load(element_of(logits, params.stride[Params::kLogits], i, j, k));
+        const In* value = kValue ? element_of(values, params.stride[Params::kValues], i, j, k) : nullptr;
+        push(state, params.c, logit, value, int(i), int(j), int(k));
       }
     }
     state = warp_merge(state);
@@ -158,16 +190,17 @@ __global__ void __launch_bounds__(kBlock) moments_rows_kernel(SoftmaxMomentsPara
     __syncthreads();
     if (threadIdx.x == 0) {
       for (int other = 1; other < kWarps; ++other)
-        state.merge(unpack_state<T, kSecond>(&merged[other * cuda::kMomentStateSize]));
-      write_result_or_partial<In, kSecond>(params, map, split, splits, state);
+        state.merge(unpack_state<T, kKeep>(&merged[other * cuda::kMomentStateSize]));
+      write_result_or_partial<In, kKeep>(params, map, split, splits, state);
     }
     __syncthreads();  // before the next block's states overwrite `merged`
   }
 }
 
 // Blocks: groups of 32 neighbouring maps x splits. Thread (lane, warp): map of the lane, every kWarps-th voxel.
-template <class In, bool kSecond>
+template <class In, Keep kKeep>
 __global__ void __launch_bounds__(kBlock) moments_lanes_kernel(SoftmaxMomentsParams<In> params, int splits) {
+  using Params = SoftmaxMomentsParams<In>;
   using T = Accumulator<In>;
   TRITOOL_SHARED(T, merged, kWarps * kWarpSize * cuda::kMomentStateSize);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -178,88 +211,118 @@ __global__ void __launch_bounds__(kBlock) moments_lanes_kernel(SoftmaxMomentsPar
     const int64_t group = block / splits;
     const int split = static_cast<int>(block - group * splits);
     const int64_t map = group * kWarpSize + lane;
-    MomentState<T, kSecond> state;
-    reset_state<In, kSecond>(params, state);
+    MomentState<T, kKeep> state;
+    reset_state<In, kKeep>(params, state);
     if (map < params.maps.count) {
-      int64_t offset[1];
+      int64_t offset[Params::kOperands];
       params.maps.offsets(map, offset);
+      const In* logits = params.logits + offset[Params::kLogits];
+      const In* values = kKeep == Keep::kExpectation ? params.values + offset[Params::kValues] : nullptr;
       for (unsigned voxel = split * kWarps + warp; voxel < voxels; voxel += splits * kWarps) {
         const unsigned row = voxel / width, k = voxel - row * width;
         const unsigned i = row / depth, j = row - i * depth;
-        const T logit =
-            load(params.logits + offset[0] + i * params.stride[0] + j * params.stride[1] + k * params.stride[2]);
-        push(state, params.c, logit, int(i), int(j), int(k));
+        const T logit = load(element_of(logits, params.stride[Params::kLogits], i, j, k));
+        const In* value = element_of(values, params.stride[Params::kValues], i, j, k);
+        push(state, params.c, logit, value, int(i), int(j), int(k));
       }
     }
     pack_state(state, &merged[threadIdx.x * cuda::kMomentStateSize]);
     __syncthreads();
     if (warp == 0 && map < params.maps.count) {
       for (int other = 1; other < kWarps; ++other)
-        state.merge(unpack_state<T, kSecond>(&merged[(other * kWarpSize + lane) * cuda::kMomentStateSize]));
-      write_result_or_partial<In, kSecond>(params, map, split, splits, state);
+        state.merge(unpack_state<T, kKeep>(&merged[(other * kWarpSize + lane) * cuda::kMomentStateSize]));
+      write_result_or_partial<In, kKeep>(params, map, split, splits, state);
     }
     __syncthreads();
   }
 }
 
 // One warp per map: merges the splits' sums.
-template <class In, bool kSecond>
+template <class In, Keep kKeep>
 __global__ void __launch_bounds__(kBlock) moments_merge_kernel(SoftmaxMomentsParams<In> params, int splits) {
   using T = Accumulator<In>;
   const int lane = threadIdx.x % kWarpSize;
   for (int64_t map = thread_index() / kWarpSize; map < params.maps.count; map += thread_count() / kWarpSize) {
-    MomentState<T, kSecond> state;
-    reset_state<In, kSecond>(params, state);
+    MomentState<T, kKeep> state;
+    reset_state<In, kKeep>(params, state);
     for (int split = lane; split < splits; split += kWarpSize)
-      state.merge(unpack_state<T, kSecond>(params.partial + (map * splits + split) * cuda::kMomentStateSize));
+      state.merge(unpack_state<T, kKeep>(params.partial + (map * splits + split) * cuda::kMomentStateSize));
     state = warp_merge(state);
-    if (lane == 0) write_result<In, kSecond>(params, map, state);
+    if (lane == 0) write_result<In, kKeep>(params, map, state);
   }
 }
 
+// The gradients to a logit and to its value (not touched without values).
+template <bool kValue, class In>
+__device__ __forceinline__ void pull(const SoftmaxMomentsBackwardParams<In>& params,
+                                     const MomentCotangent<Accumulator<In>>& map, const Accumulator<In> (&t)[3], int k,
+                                     In& logit, In& value) {
+  using T = Accumulator<In>;
+  const T weight = softmax_weight(params.c, load(&logit), map.level);
+  const T d = T(k) - map.mean[2];
+  T slope = t[0] + d * (t[1] + d * t[2]);
+  if constexpr (kValue) {
+    slope += map.value.term(weight, load(&value));
+    store(&value, map.valid ? weight * map.inverse_sum * map.value.grad : T(0));
+  }
+  store(&logit, map.valid ? weight * (params.inverse_temperature * map.inverse_sum) * slope : T(0));
+}
+
+// The same for voxel (i, j, k) of maps in any strides.
+template <bool kValue, class In>
+__device__ __forceinline__ void pull_element(const SoftmaxMomentsBackwardParams<In>& params,
+                                             const MomentCotangent<Accumulator<In>>& map, const Accumulator<In> (&t)[3],
+                                             unsigned i, unsigned j, unsigned k, const In* logits, In* grad_logits,
+                                             const In* values, In* grad_values) {
+  using Params = SoftmaxMomentsBackwardParams<In>;
+  In logit = *element_of(logits, params.stride[Params::kLogits], i, j, k);
+  In value = kValue ? *element_of(values, params.stride[Params::kValues], i, j, k) : In{};
+  pull<kValue>(params, map, t, int(k), logit, value);
+  *element_of(grad_logits, params.stride[Params::kGradLogits], i, j, k) = logit;
+  if constexpr (kValue) *element_of(grad_values, params.stride[Params::kGradValues], i, j, k) = value;
+}
+
 // Blocks: maps x chunks of voxels.
-template <class In, int kWidth>
+template <class In, bool kValue, int kWidth>
 __global__ void __launch_bounds__(kBlock)
     moments_backward_rows_kernel(SoftmaxMomentsBackwardParams<In> params, int chunks) {
   using Params = SoftmaxMomentsBackwardParams<In>;
   using T = Accumulator<In>;
   const unsigned depth = static_cast<unsigned>(params.size[1]), width = static_cast<unsigned>(params.size[2]);
   const unsigned loads = static_cast<unsigned>(params.size[0]) * depth * width / kWidth;
-  const int64_t (&from)[3] = params.stride[Params::kLogits];
-  const int64_t (&to)[3] = params.stride[Params::kGradLogits];
   for (int64_t block = blockIdx.x; block < params.maps.count * chunks; block += gridDim.x) {
     const int64_t map = block / chunks;
     const unsigned chunk = static_cast<unsigned>(block - map * chunks);
-    int64_t offset[2];
+    int64_t offset[Params::kOperands];
     params.maps.offsets(map, offset);
+    const In* logits = params.logits + offset[Params::kLogits];
+    In* grad_logits = params.grad_logits + offset[Params::kGradLogits];
+    const In* values = kValue ? params.values + offset[Params::kValues] : nullptr;
+    In* grad_values = kValue ? params.grad_values + offset[Params::kGradValues] : nullptr;
     const MomentCotangent<T> cotangent = moment_cotangent(params, map);
-    const T factor = params.inverse_temperature * cotangent.inverse_sum;
     for (unsigned load_index = chunk * kBlock + threadIdx.x; load_index < loads; load_index += chunks * kBlock) {
       const unsigned element = load_index * kWidth;
       const unsigned row = element / width, k = element - row * width;
       const unsigned i = row / depth, j = row - i * depth;
       T t[3];
       cotangent.row(T(i), T(j), t);
-      Vector<In, kWidth> vector;
-      if constexpr (kWidth > 1)
-        vector = *reinterpret_cast<const Vector<In, kWidth>*>(params.logits + offset[Params::kLogits] + element);
-      else
-        vector.element[0] = params.logits[offset[Params::kLogits] + i * from[0] + j * from[1] + k * from[2]];
+      if constexpr (kWidth > 1) {
+        using Load = Vector<In, kWidth>;
+        Load vector = *reinterpret_cast<const Load*>(logits + element);
+        Load value = kValue ? *reinterpret_cast<const Load*>(values + element) : Load{};
 #pragma unroll
-      for (int n = 0; n < kWidth; ++n) {
-        const T weight = softmax_weight(params.c, load(&vector.element[n]), cotangent.level);
-        const T d = T(int(k) + n) - cotangent.mean[2];
-        store(&vector.element[n], cotangent.valid ? weight * factor * (t[0] + d * (t[1] + d * t[2])) : T(0));
+        for (int n = 0; n < kWidth; ++n)
+          pull<kValue>(params, cotangent, t, int(k) + n, vector.element[n], value.element[n]);
+        *reinterpret_cast<Load*>(grad_logits + element) = vector;
+        if constexpr (kValue) *reinterpret_cast<Load*>(grad_values + element) = value;
+      } else {
+        pull_element<kValue>(params, cotangent, t, i, j, k, logits, grad_logits, values, grad_values);
       }
-      if constexpr (kWidth > 1)
-        *reinterpret_cast<Vector<In, kWidth>*>(params.grad_logits + offset[Params::kGradLogits] + element) = vector;
-      else
-        params.grad_logits[offset[Params::kGradLogits] + i * to[0] + j * to[1] + k * to[2]] = vector.element[0];
     }
   }
 }
 
-template <class In>
+template <class In, bool kValue>
 __global__ void __launch_bounds__(kBlock)
     moments_backward_lanes_kernel(SoftmaxMomentsBackwardParams<In> params, int chunks) {
   using Params = SoftmaxMomentsBackwardParams<In>;
@@ -267,34 +330,31 @@ __global__ void __launch_bounds__(kBlock)
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const unsigned depth = static_cast<unsigned>(params.size[1]), width = static_cast<unsigned>(params.size[2]);
   const unsigned voxels = static_cast<unsigned>(params.size[0]) * depth * width;
-  const int64_t (&from)[3] = params.stride[Params::kLogits];
-  const int64_t (&to)[3] = params.stride[Params::kGradLogits];
   for (int64_t block = blockIdx.x; block < ceil_div(params.maps.count, kWarpSize) * chunks; block += gridDim.x) {
     const int64_t group = block / chunks;
     const unsigned chunk = static_cast<unsigned>(block - group * chunks);
     const int64_t map = group * kWarpSize + lane;
     if (map >= params.maps.count) continue;
-    int64_t offset[2];
+    int64_t offset[Params::kOperands];
     params.maps.offsets(map, offset);
+    const In* logits = params.logits + offset[Params::kLogits];
+    In* grad_logits = params.grad_logits + offset[Params::kGradLogits];
+    const In* values = kValue ? params.values + offset[Params::kValues] : nullptr;
+    In* grad_values = kValue ? params.grad_values + offset[Params::kGradValues] : nullptr;
     const MomentCotangent<T> cotangent = moment_cotangent(params, map);
-    const T factor = params.inverse_temperature * cotangent.inverse_sum;
     for (unsigned voxel = chunk * kWarps + warp; voxel < voxels; voxel += chunks * kWarps) {
       const unsigned row = voxel / width, k = voxel - row * width;
       const unsigned i = row / depth, j = row - i * depth;
       T t[3];
       cotangent.row(T(i), T(j), t);
-      const T logit = load(params.logits + offset[Params::kLogits] + i * from[0] + j * from[1] + k * from[2]);
-      const T weight = softmax_weight(params.c, logit, cotangent.level);
-      const T d = T(int(k)) - cotangent.mean[2];
-      store(params.grad_logits + offset[Params::kGradLogits] + i * to[0] + j * to[1] + k * to[2],
-            cotangent.valid ? weight * factor * (t[0] + d * (t[1] + d * t[2])) : T(0));
+      pull_element<kValue>(params, cotangent, t, i, j, k, logits, grad_logits, values, grad_values);
     }
   }
 }
 
 // Elements a 16-byte load can take: dense maps only, and every map's start aligned.
 template <class In, int kOperands>
-int vector_width(const Batch<kOperands>& maps, const int64_t (&size)[3], const int64_t* const (&strides)[kOperands],
+int vector_width(const Batch<kOperands>& maps, const int64_t (&size)[3], const int64_t (&strides)[kOperands][3],
                  const void* const (&pointers)[kOperands]) {
   constexpr int kWidth = 16 / sizeof(In);
   bool fits = size[2] % kWidth == 0;
@@ -306,26 +366,47 @@ int vector_width(const Batch<kOperands>& maps, const int64_t (&size)[3], const i
   return fits ? kWidth : 1;
 }
 
-template <class In, bool kSecond>
+template <class In, Keep kKeep>
 int launch_forward(const SoftmaxMomentsParams<In>& params, Stream stream) {
   const int64_t elements = params.size[0] * params.size[1] * params.size[2];
   constexpr int kWidth = 16 / sizeof(In);
   const int splits = static_cast<int>(cuda::softmax_moments_splits(params.maps.count, elements));
   if (params.maps_adjacent) {
     const unsigned grid = grid_size(ceil_div(params.maps.count, kWarpSize) * splits, 1);
-    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_lanes_kernel<In, kSecond>), grid, kBlock, 0, stream, params, splits);
+    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_lanes_kernel<In, kKeep>), grid, kBlock, 0, stream, params, splits);
   } else {
     const unsigned grid = grid_size(params.maps.count * splits, 1);
-    const int64_t* const strides[1] = {params.stride};
-    const void* const pointers[1] = {params.logits};
-    if (vector_width<In>(params.maps, params.size, strides, pointers) == kWidth)
-      TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_rows_kernel<In, kSecond, kWidth>), grid, kBlock, 0, stream, params, splits);
+    if (vector_width<In>(params.maps, params.size, params.stride, {params.logits, params.values}) == kWidth)
+      TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_rows_kernel<In, kKeep, kWidth>), grid, kBlock, 0, stream, params, splits);
     else
-      TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_rows_kernel<In, kSecond, 1>), grid, kBlock, 0, stream, params, splits);
+      TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_rows_kernel<In, kKeep, 1>), grid, kBlock, 0, stream, params, splits);
   }
   if (splits > 1)
-    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_merge_kernel<In, kSecond>), grid_size(params.maps.count, kWarps), kBlock, 0,
+    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_merge_kernel<In, kKeep>), grid_size(params.maps.count, kWarps), kBlock, 0,
                    stream, params, splits);
+  return last_launch_error();
+}
+
+template <class In, bool kValue>
+int launch_backward(const SoftmaxMomentsBackwardParams<In>& params, Stream stream) {
+  const int64_t elements = params.size[0] * params.size[1] * params.size[2];
+  constexpr int kWidth = 16 / sizeof(In);
+  const int64_t per_block = params.maps_adjacent ? kWarps * 8 : kBlock * 8;
+  const int chunks = static_cast<int>(ceil_div(elements, per_block) < 4096 ? ceil_div(elements, per_block) : 4096);
+  if (params.maps_adjacent) {
+    const unsigned grid = grid_size(ceil_div(params.maps.count, kWarpSize) * chunks, 1);
+    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_backward_lanes_kernel<In, kValue>), grid, kBlock, 0, stream, params, chunks);
+    return last_launch_error();
+  }
+  const unsigned grid = grid_size(params.maps.count * chunks, 1);
+  const int width = vector_width<In>(params.maps, params.size, params.stride,
+                                     {params.logits, params.grad_logits, params.values, params.grad_values});
+  if (width == kWidth)
+    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_backward_rows_kernel<In, kValue, kWidth>), grid, kBlock, 0, stream, params,
+                   chunks);
+  else
+    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_backward_rows_kernel<In, kValue, 1>), grid, kBlock, 0, stream, params,
+                   chunks);
   return last_launch_error();
 }
 
@@ -344,31 +425,16 @@ int64_t softmax_moments_splits(int64_t maps, int64_t elements) {
 template <class In>
 int softmax_moments(const SoftmaxMomentsParams<In>& params, CUstream_st* stream) {
   if (params.maps.count == 0) return 0;
-  return params.covariance != nullptr ? launch_forward<In, true>(params, stream)
-                                      : launch_forward<In, false>(params, stream);
+  if (params.values != nullptr) return launch_forward<In, Keep::kExpectation>(params, stream);
+  if (params.covariance != nullptr) return launch_forward<In, Keep::kCovariance>(params, stream);
+  return launch_forward<In, Keep::kMean>(params, stream);
 }
 
 template <class In>
 int softmax_moments_backward(const SoftmaxMomentsBackwardParams<In>& params, CUstream_st* stream) {
-  using Params = SoftmaxMomentsBackwardParams<In>;
-  const int64_t elements = params.size[0] * params.size[1] * params.size[2];
-  if (params.maps.count == 0 || elements == 0) return 0;
-  constexpr int kWidth = 16 / sizeof(In);
-  const int64_t per_block = params.maps_adjacent ? kWarps * 8 : kBlock * 8;
-  const int chunks = static_cast<int>(ceil_div(elements, per_block) < 4096 ? ceil_div(elements, per_block) : 4096);
-  if (params.maps_adjacent) {
-    const unsigned grid = grid_size(ceil_div(params.maps.count, kWarpSize) * chunks, 1);
-    TRITOOL_LAUNCH(moments_backward_lanes_kernel<In>, grid, kBlock, 0, stream, params, chunks);
-    return last_launch_error();
-  }
-  const unsigned grid = grid_size(params.maps.count * chunks, 1);
-  const int64_t* const strides[2] = {params.stride[Params::kLogits], params.stride[Params::kGradLogits]};
-  const void* const pointers[2] = {params.logits, params.grad_logits};
-  if (vector_width<In>(params.maps, params.size, strides, pointers) == kWidth)
-    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_backward_rows_kernel<In, kWidth>), grid, kBlock, 0, stream, params, chunks);
-  else
-    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_backward_rows_kernel<In, 1>), grid, kBlock, 0, stream, params, chunks);
-  return last_launch_error();
+  if (params.maps.count == 0 || params.size[0] * params.size[1] * params.size[2] == 0) return 0;
+  return params.values != nullptr ? launch_backward<In, true>(params, stream)
+                                  : launch_backward<In, false>(params, stream);
 }
 
 #define TRITOOL_INSTANTIATE(In)                                                    \

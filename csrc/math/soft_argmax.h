@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax moments of a map of logits: mean (the soft-argmax), covariance, log-partition, in one pass; and their
-// vector-Jacobian product. Iskakov et al., ICCV 2019, equations (1)-(2) and (13)-(14).
+// Softmax moments of a map of logits: mean (the soft-argmax), covariance, log-partition, the expectation of a second
+// map, in one pass; and their vector-Jacobian product. Iskakov et al., ICCV 2019, equations (1)-(2) and (13)-(14);
+// Iqbal et al., ECCV 2018, for the second map.
 //
 // A map has three axes (the first of size 1 for a 2D heat map). With c = alpha log2(e), every voxel weighs
 //   p = exp2(c l - level), level = ceil(c max l) an integer,
@@ -9,7 +10,8 @@
 // errors: docs/ops/soft_argmax.md.
 //
 // A voxel at -inf is masked: weight 0, gradient 0. If all are, or one is NaN or +inf, the mean is NaN and the gradient
-// 0.
+// 0. Values of the second map are ignored where the weight is 0; one that is not finite elsewhere makes the expectation
+// NaN, and nothing else.
 #pragma once
 
 #include "math/half.h"
@@ -32,14 +34,42 @@ TRITOOL_HD T softmax_weight(T c, T logit, T level) {
   return exp2_(multiply_subtract(c, logit, select(level == T(0) - infinity<T>(), T(0), level)));
 }
 
+// What is summed besides the weights and the mean.
+enum class Keep { kMean, kCovariance, kExpectation };
+
+// The running sum of p v, v the values of the second map. Those that are not finite stay out of it: whether they weigh
+// anything is only known at the end, when the level is.
+template <class T>
+struct ValueSum {
+  T sum;
+  T spoilt;  // the largest logit whose value is not finite
+
+  TRITOOL_HD void reset() {
+    sum = T(0);
+    spoilt = T(0) - infinity<T>();
+  }
+  TRITOOL_HD void add(T p, T logit, T v) {
+    const auto known = is_finite(v);
+    sum = sum + p * select(known, v, T(0));
+    spoilt = select(known, spoilt, max_(logit, spoilt));
+  }
+  // Another sum of the same level.
+  TRITOOL_HD void add(const ValueSum& other) {
+    sum = sum + other.sum;
+    spoilt = max_(other.spoilt, spoilt);
+  }
+};
+
 // The running sums of a map, or of part of one. Coordinates count from `origin`: the map's centre for the mean alone;
 // for the covariance the voxel at which the level was last raised, because second moments about a far point cancel.
-template <class T, bool kSecond>
+template <class T, Keep kKeep>
 struct MomentState {
+  static constexpr bool kSecond = kKeep == Keep::kCovariance, kValue = kKeep == Keep::kExpectation;
   T level, sum;
   T first[3];                 // sum of p d, d = coordinate - origin
   T second[kSecond ? 6 : 1];  // sum of p d d^T: 00 01 02 11 12 22
   T origin[3];
+  ValueSum<T> value;  // left alone without kValue
 
   TRITOOL_HD void reset(const T (&centre)[3]) {
     level = T(0) - infinity<T>();
@@ -52,6 +82,7 @@ struct MomentState {
     sum = T(0);
     for (T& moment : first) moment = T(0);
     for (T& moment : second) moment = T(0);
+    if constexpr (kValue) value.reset();
   }
 
   TRITOOL_HD void scale(T factor) {
@@ -59,6 +90,7 @@ struct MomentState {
     for (int a = 0; a < 3; ++a) first[a] = first[a] * factor;
     if constexpr (kSecond)
       for (T& moment : second) moment = moment * factor;
+    if constexpr (kValue) value.sum = value.sum * factor;
   }
 
   // The same sums, counted from another origin.
@@ -129,6 +161,7 @@ struct MomentState {
     for (int a = 0; a < 3; ++a) first[a] = first[a] + other.first[a];
     if constexpr (kSecond)
       for (int k = 0; k < 6; ++k) second[k] = second[k] + other.second[k];
+    if constexpr (kValue) value.add(other.value);
     level = top;
   }
 
@@ -140,12 +173,33 @@ struct MomentState {
     const T value = second[k] / sum - first[a] / sum * (first[b] / sum);
     return a == b ? select(value < T(0), T(0), value) : value;
   }
+  // spoilt_weight: softmax_weight of value.spoilt, computed like those in the sums.
+  TRITOOL_HD T expectation(T spoilt_weight) const {
+    static_assert(kValue || sizeof(T) == 0, "no values were kept");
+    return select(spoilt_weight > T(0), quiet_nan<T>(), value.sum / sum);
+  }
   // log sum exp(alpha l)
   TRITOOL_HD T log_partition() const { return T(Real<T>(kLn2)) * (level + log2_(sum)); }
 };
 
-// What the backward knows of a map: gradients to its mean, covariance and log-partition, and the values they belong to.
-// d/dl = alpha p / sum t, t = g.d + d^T G d - <G, C> + g_log, d = coordinate - mean.
+// The part of the second map in the gradient: to the logit of a voxel of value v, alpha p / sum g (v - expectation); to
+// v, p / sum g. Weights up to `floor` take no part, whatever v: 0, and infinity where there is no expectation.
+template <class T>
+struct ValueCotangent {
+  T grad, expectation, floor;
+
+  TRITOOL_HD T term(T weight, T v) const { return grad * (select(weight > floor, v, expectation) - expectation); }
+};
+
+// One for a gradient and an expectation that may be NaN.
+template <class T>
+TRITOOL_HD ValueCotangent<T> value_cotangent(T grad, T expectation) {
+  const auto known = is_finite(expectation);
+  return {select(known, grad, T(0)), select(known, expectation, T(0)), select(known, T(0), infinity<T>())};
+}
+
+// What the backward knows of a map: gradients to its mean, covariance, log-partition and expectation, and the values
+// they belong to. d/dl = alpha p / sum t, t = g.d + d^T G d - <G, C> + g_log + value.term, d = coordinate - mean.
 template <class T>
 struct MomentCotangent {
   T mean[3];
@@ -153,6 +207,7 @@ struct MomentCotangent {
   T grad_mean[3];
   T grad_second[6];  // symmetrised G: 00 01 02 11 12 22
   T constant;        // g_log - <G, C>
+  ValueCotangent<T> value;
   bool valid;
 
   // Along the row (i, j, .), t is the polynomial t[0] + t[1] d + t[2] d^2 of d = k - mean[2].

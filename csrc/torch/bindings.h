@@ -35,4 +35,11 @@ Tensor softmax_moments_backward(const std::optional<Tensor>& grad_mean, const st
                                 const Tensor& mean, const Tensor& covariance, const Tensor& partition, int64_t dims,
                                 double inverse_temperature);
 
+// heatmaps, depth_maps [batch, H, W], each in any strides -> position [batch, 3], partition [batch, 2]
+std::tuple<Tensor, Tensor> soft_argmax25d(const Tensor& heatmaps, const Tensor& depth_maps, double inverse_temperature);
+// grad [batch, 3] -> gradients to heatmaps and depth_maps, each in the strides of its maps
+std::tuple<Tensor, Tensor> soft_argmax25d_backward(const Tensor& grad, const Tensor& heatmaps, const Tensor& depth_maps,
+                                                   const Tensor& position, const Tensor& partition,
+                                                   double inverse_temperature);
+
 }  // namespace tritool

@@ -50,13 +50,15 @@ void check_launch(int error, const char* op) {
 
 }  // namespace tritool
 
-#define TRITOOL_IMPLEMENT(m)                                                 \
-  m.impl("triangulate", TORCH_BOX(&tritool::triangulate));                   \
-  m.impl("triangulate_backward", TORCH_BOX(&tritool::triangulate_backward)); \
-  m.impl("project", TORCH_BOX(&tritool::project));                           \
-  m.impl("project_backward", TORCH_BOX(&tritool::project_backward));         \
-  m.impl("softmax_moments", TORCH_BOX(&tritool::softmax_moments));           \
-  m.impl("softmax_moments_backward", TORCH_BOX(&tritool::softmax_moments_backward))
+#define TRITOOL_IMPLEMENT(m)                                                         \
+  m.impl("triangulate", TORCH_BOX(&tritool::triangulate));                           \
+  m.impl("triangulate_backward", TORCH_BOX(&tritool::triangulate_backward));         \
+  m.impl("project", TORCH_BOX(&tritool::project));                                   \
+  m.impl("project_backward", TORCH_BOX(&tritool::project_backward));                 \
+  m.impl("softmax_moments", TORCH_BOX(&tritool::softmax_moments));                   \
+  m.impl("softmax_moments_backward", TORCH_BOX(&tritool::softmax_moments_backward)); \
+  m.impl("soft_argmax25d", TORCH_BOX(&tritool::soft_argmax25d));                     \
+  m.impl("soft_argmax25d_backward", TORCH_BOX(&tritool::soft_argmax25d_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(tritool, CPU, m) { TRITOOL_IMPLEMENT(m); }
 // Also where the CUDA kernels were not built: the op then says so, instead of the dispatcher's riddle.
