@@ -133,9 +133,8 @@ MomentState<double, kKeep> lane_of(const MomentState<D, kKeep>& state, int lane)
     one.first[a] = state.first[a].v[lane];
     one.origin[a] = state.origin[a].v[lane];
   }
-  if constexpr (kKeep == Keep::kCovariance)
-    for (int k = 0; k < 6; ++k) one.second[k] = state.second[k].v[lane];
-  if constexpr (kKeep == Keep::kExpectation) one.value = {state.value.sum.v[lane], state.value.spoilt.v[lane]};
+  for (int k = 0; k < (state.kSecond ? 6 : 1); ++k) one.second[k] = state.second[k].v[lane];
+  one.value = {state.value.sum.v[lane], state.value.spoilt.v[lane]};
   return one;
 }
 
@@ -265,8 +264,8 @@ template <class In, class P>
 struct CotangentLanes {
   using T = Accumulator<In>;
   MomentCotangent<T> maps[P::kLanes];
-  P level, factor, inverse_sum, mean, valid;
-  ValueCotangent<P> value;
+  P level = P(T(0)), factor = level, inverse_sum = level, mean = level, valid = level;
+  ValueCotangent<P> value{level, level, level};
 
   // Lanes past the last map repeat it.
   CotangentLanes(const SoftmaxMomentsBackwardParams<In>& params, int64_t first_map, int lanes) {
@@ -308,7 +307,7 @@ void backward_group_row(const SoftmaxMomentsBackwardParams<In>& params, const Co
   const In* values = kValue ? row_of(params.values + offset[Params::kValues], value_from, i, j) : nullptr;
   In* value_out = kValue ? row_of(params.grad_values + offset[Params::kGradValues], value_to, i, j) : nullptr;
   const auto valid = maps.valid > P(T(0));
-  P t[3];
+  P t[3] = {P(T(0)), P(T(0)), P(T(0))};
   maps.row(i, j, t);
   for (int64_t k = 0; k < params.size[2]; ++k) {
     const P weight = softmax_weight(P(params.c), load_lanes<P>(logits + k * from[2], 1, lanes), maps.level);

@@ -82,7 +82,7 @@ struct MomentState {
     sum = T(0);
     for (T& moment : first) moment = T(0);
     for (T& moment : second) moment = T(0);
-    if constexpr (kValue) value.reset();
+    value.reset();
   }
 
   TRITOOL_HD void scale(T factor) {

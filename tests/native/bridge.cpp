@@ -209,7 +209,7 @@ py::object softmax_moments(const Backend& backend, const py::array& logits, int 
     const py::array mean = new_array<T>(batch, {dims}), log_partition = new_array<T>(batch),
                     partition = new_array<T>(batch, {2});
     const Operand covariance = new_array_if<T>(with_covariance, batch, {dims, dims});
-    testing::softmax_moments<In>(backend, maps, dims, inverse_temperature,
+    testing::softmax_moments<In>(backend, maps, {}, dims, inverse_temperature,
                                  {operand<T>(mean, "mean"), operand<T>(covariance, "covariance"),
                                   operand<T>(log_partition, "log_partition"), operand<T>(partition, "partition")});
     return py::make_tuple(mean, covariance, log_partition, partition);
@@ -253,9 +253,59 @@ py::object softmax_moments_backward(const Backend& backend, const Operand& grad_
                                    contiguous_operand<T>(Operand(partition), "partition", batch, {2})};
     py::array grad_logits =
         filled_with_garbage(py::module_::import("numpy").attr("empty_like")(logits, py::arg("subok") = false));
-    testing::softmax_moments_backward<In>(backend, grad, maps, moments, dims, inverse_temperature,
-                                          operand<In>(grad_logits, "grad_logits"));
+    testing::softmax_moments_backward<In>(backend, grad, maps, {}, moments, dims, inverse_temperature,
+                                          operand<In>(grad_logits, "grad_logits"), {});
     return std::move(grad_logits);
+  });
+}
+
+template <class In>
+Array depth_operand(const Array& heatmaps, const py::array& depth_maps) {
+  Array result = operand<In>(depth_maps, "depth_maps");
+  if (result.size != heatmaps.size)
+    throw py::value_error("depth_maps must be " + testing::text_of(heatmaps.size) + " as heatmaps, got " +
+                          testing::text_of(result.size));
+  return result;
+}
+
+// (position, partition)
+py::object soft_argmax25d(const Backend& backend, const py::array& heatmaps, const py::array& depth_maps,
+                          double inverse_temperature) {
+  check_maps(heatmaps, 2);
+  return dispatch_logits(heatmaps, [&](auto element) -> py::object {
+    using In = decltype(element);
+    using T = Accumulator<In>;
+    const Array maps = operand<In>(heatmaps, "heatmaps"), values = depth_operand<In>(maps, depth_maps);
+    const Sizes batch = testing::batch_of(maps, 2);
+    const py::array position = new_array<T>(batch, {3}), partition = new_array<T>(batch, {2});
+    testing::softmax_moments<In>(backend, maps, values, 2, inverse_temperature,
+                                 {operand<T>(position, "position"), {}, {}, operand<T>(partition, "partition")});
+    return py::make_tuple(position, partition);
+  });
+}
+
+// The gradients to both maps, which lie in memory as they do.
+py::object soft_argmax25d_backward(const Backend& backend, const py::array& grad, const py::array& heatmaps,
+                                   const py::array& depth_maps, const py::array& position, const py::array& partition,
+                                   double inverse_temperature) {
+  check_maps(heatmaps, 2);
+  return dispatch_logits(heatmaps, [&](auto element) -> py::object {
+    using In = decltype(element);
+    using T = Accumulator<In>;
+    const Array maps = operand<In>(heatmaps, "heatmaps"), values = depth_operand<In>(maps, depth_maps);
+    const Sizes batch = testing::batch_of(maps, 2);
+    const testing::Moments of_grad{contiguous_operand<T>(Operand(grad), "grad", batch, {3}), {}, {}, {}};
+    const testing::Moments moments{contiguous_operand<T>(Operand(position), "position", batch, {3}),
+                                   {},
+                                   {},
+                                   contiguous_operand<T>(Operand(partition), "partition", batch, {2})};
+    const py::object empty_like = py::module_::import("numpy").attr("empty_like");
+    const py::array grad_heatmaps = filled_with_garbage(empty_like(heatmaps, py::arg("subok") = false));
+    const py::array grad_depth_maps = filled_with_garbage(empty_like(depth_maps, py::arg("subok") = false));
+    testing::softmax_moments_backward<In>(backend, of_grad, maps, values, moments, 2, inverse_temperature,
+                                          operand<In>(grad_heatmaps, "grad_heatmaps"),
+                                          operand<In>(grad_depth_maps, "grad_depth_maps"));
+    return py::make_tuple(grad_heatmaps, grad_depth_maps);
   });
 }
 
@@ -279,5 +329,10 @@ PYBIND11_MODULE(tritool_bridge, m) {
   m.def("softmax_moments_backward", &softmax_moments_backward, py::arg("backend"), py::arg("grad_mean"),
         py::arg("grad_covariance"), py::arg("grad_log_partition"), py::arg("logits"), py::arg("mean"),
         py::arg("covariance"), py::arg("partition"), py::kw_only(), py::arg("dims"),
+        py::arg("inverse_temperature") = 1.0);
+  m.def("soft_argmax25d", &soft_argmax25d, py::arg("backend"), py::arg("heatmaps"), py::arg("depth_maps"),
+        py::kw_only(), py::arg("inverse_temperature") = 1.0);
+  m.def("soft_argmax25d_backward", &soft_argmax25d_backward, py::arg("backend"), py::arg("grad"), py::arg("heatmaps"),
+        py::arg("depth_maps"), py::arg("position"), py::arg("partition"), py::kw_only(),
         py::arg("inverse_temperature") = 1.0);
 }

@@ -281,25 +281,31 @@ Accumulator<In> base_two(double inverse_temperature) {
   return Accumulator<In>(inverse_temperature * 1.4426950408889634074);  // log2(e)
 }
 
+// Without values: covariance and log_partition may be absent. With them: both are, and the mean has one number more.
 struct Moments {
   Array mean, covariance, log_partition, partition;
 };
 
 template <class In>
-void softmax_moments(const Backend& backend, const Array& logits, int dims, double inverse_temperature,
-                     const Moments& moments) {
+void softmax_moments(const Backend& backend, const Array& logits, const Array& values, int dims,
+                     double inverse_temperature, const Moments& moments) {
   using T = Accumulator<In>;
-  SoftmaxMomentsParams<In> params{};
+  using Params = SoftmaxMomentsParams<In>;
+  const Array& second = values.data != nullptr ? values : logits;
+  Params params{};
   params.logits = logits.as<In>();
+  params.values = values.as<In>();
   params.mean = moments.mean.as<T>();
   params.covariance = moments.covariance.as<T>();
   params.log_partition = moments.log_partition.as<T>();
   params.partition = moments.partition.as<T>();
   params.dims = dims;
   params.c = base_two<In>(inverse_temperature);
-  set_axes(logits, dims, params.size, params.stride);
-  set_batch(params.maps, batch_of(logits, dims), {{logits, dims}});
-  params.maps_adjacent = are_maps_adjacent(params.maps, {params.stride[2]});
+  set_axes(logits, dims, params.size, params.stride[Params::kLogits]);
+  set_axes(second, dims, params.size, params.stride[Params::kValues]);
+  set_batch(params.maps, batch_of(logits, dims), {{logits, dims}, {second, dims}});
+  params.maps_adjacent =
+      are_maps_adjacent(params.maps, {params.stride[Params::kLogits][2], params.stride[Params::kValues][2]});
   if (backend.emulated_cuda) {
     const int64_t elements = params.size[0] * params.size[1] * params.size[2];
     const int64_t splits = cuda::softmax_moments_splits(params.maps.count, elements);
@@ -314,13 +320,16 @@ void softmax_moments(const Backend& backend, const Array& logits, int dims, doub
 
 // What comes in for the moments' gradients and is absent counts as zero; all but the logits is contiguous.
 template <class In>
-void softmax_moments_backward(const Backend& backend, const Moments& grad, const Array& logits, const Moments& moments,
-                              int dims, double inverse_temperature, const Array& grad_logits) {
+void softmax_moments_backward(const Backend& backend, const Moments& grad, const Array& logits, const Array& values,
+                              const Moments& moments, int dims, double inverse_temperature, const Array& grad_logits,
+                              const Array& grad_values) {
   using T = Accumulator<In>;
   using Params = SoftmaxMomentsBackwardParams<In>;
   Params params{};
   params.logits = logits.as<In>();
   params.grad_logits = grad_logits.as<In>();
+  params.values = values.as<In>();
+  params.grad_values = grad_values.as<In>();
   params.mean = moments.mean.as<T>();
   params.covariance = grad.covariance.data != nullptr ? moments.covariance.as<T>() : nullptr;
   params.partition = moments.partition.as<T>();
@@ -330,11 +339,17 @@ void softmax_moments_backward(const Backend& backend, const Moments& grad, const
   params.dims = dims;
   params.c = base_two<In>(inverse_temperature);
   params.inverse_temperature = T(inverse_temperature);
-  set_axes(logits, dims, params.size, params.stride[Params::kLogits]);
-  set_axes(grad_logits, dims, params.size, params.stride[Params::kGradLogits]);
-  set_batch(params.maps, batch_of(logits, dims), {{logits, dims}, {grad_logits, dims}});
-  params.maps_adjacent =
-      are_maps_adjacent(params.maps, {params.stride[Params::kLogits][2], params.stride[Params::kGradLogits][2]});
+  const bool valued = values.data != nullptr;
+  const Array* const operands[Params::kOperands] = {&logits, &grad_logits, valued ? &values : &logits,
+                                                    valued ? &grad_values : &grad_logits};
+  int64_t inner[Params::kOperands];
+  for (int o = 0; o < Params::kOperands; ++o) {
+    set_axes(*operands[o], dims, params.size, params.stride[o]);
+    inner[o] = params.stride[o][2];
+  }
+  set_batch(params.maps, batch_of(logits, dims),
+            {{*operands[0], dims}, {*operands[1], dims}, {*operands[2], dims}, {*operands[3], dims}});
+  params.maps_adjacent = are_maps_adjacent(params.maps, inner);
   if (backend.emulated_cuda) return check_launch(cuda::softmax_moments_backward(params, nullptr));
   const auto& kernels = TRITOOL_KERNELS_OF(backend.isa, softmax_moments_kernels, In);
   in_threads(backend.threads, kernels.backward_work(params),

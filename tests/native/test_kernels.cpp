@@ -271,22 +271,29 @@ const std::vector<MapCase> kMapCases{
     {"no map", 3, {0, 2, 3, 4}, {}, 1, 0},
 };
 
+// Some cells masked; one map all masked, one with a NaN, one with +inf: the others are to take no notice.
 template <class In>
-void test_moments(const MapCase& shape, bool second) {
+Owned<In> spoilt_logits(const MapCase& shape) {
   using T = Accumulator<In>;
-  const Sizes batch(shape.size.begin(), shape.size.end() - shape.dims);
   auto logits = Owned<In>(shape.size, shape.order, shape.step, shape.start).filled([&](int64_t index) {
     return index % 13 == 4 ? -HUGE_VAL : 3 * normal();
   });
-  // One map all masked, one with a NaN, one with +inf: the others are to take no notice.
-  int64_t maps = 1;
-  for (const int64_t size : batch) maps *= size;
-  const int64_t elements = maps == 0 ? 0 : logits.count() / maps;
-  if (maps > 2 && elements > 0) {
+  int64_t elements = 1;
+  for (int d = 1; d <= shape.dims; ++d) elements *= shape.size[shape.size.size() - static_cast<size_t>(d)];
+  const int64_t maps = elements == 0 ? 0 : logits.count() / elements;
+  if (maps > 2) {
     for (int64_t element = 0; element < elements; ++element) store(&logits[elements + element], T(-HUGE_VAL));
     store(&logits[2 * elements], T(NAN));
     if (maps > 4) store(&logits[5 * elements - 1], T(HUGE_VAL));
   }
+  return logits;
+}
+
+template <class In>
+void test_moments(const MapCase& shape, bool second) {
+  using T = Accumulator<In>;
+  const Sizes batch(shape.size.begin(), shape.size.end() - shape.dims);
+  const auto logits = spoilt_logits<In>(shape);
   const double alpha = 1.7;
   const auto grads = [&](Sizes size) { return Owned<T>(std::move(size)).filled([&](int64_t) { return normal(); }); };
   const auto grad_mean = grads(with(batch, {shape.dims}));
@@ -300,11 +307,12 @@ void test_moments(const MapCase& shape, bool second) {
     auto log_partition = poisoned<T>(batch), partition = poisoned<T>(with(batch, {2}));
     const testing::Moments moments{mean.array, second ? covariance.array : Array{}, log_partition.array,
                                    partition.array};
-    testing::softmax_moments<In>(backend, logits.array, shape.dims, alpha, moments);
+    testing::softmax_moments<In>(backend, logits.array, {}, shape.dims, alpha, moments);
     auto gradient = poisoned<In>(shape.size, shape.order, shape.step);
     const testing::Moments grad{
         grad_mean.array, second ? grad_covariance.array : Array{}, second ? grad_log_partition.array : Array{}, {}};
-    testing::softmax_moments_backward<In>(backend, grad, logits.array, moments, shape.dims, alpha, gradient.array);
+    testing::softmax_moments_backward<In>(backend, grad, logits.array, {}, moments, shape.dims, alpha, gradient.array,
+                                          {});
     if (first.memory.empty()) {
       first = std::move(mean);
       first_covariance = std::move(covariance);
@@ -320,12 +328,54 @@ void test_moments(const MapCase& shape, bool second) {
   }
 }
 
+// The depth maps lie as the heat maps do, or in an order of their own, or every second element of them (adjacent maps
+// with the heat maps' own between).
+template <class In>
+void test_soft_argmax25d(const MapCase& shape, bool same_layout) {
+  using T = Accumulator<In>;
+  const Sizes batch(shape.size.begin(), shape.size.end() - 2);
+  const auto heatmaps = spoilt_logits<In>(shape);
+  const std::vector<int> order = same_layout ? shape.order : std::vector<int>{};
+  const int64_t step = same_layout ? shape.step : 2;
+  auto depth_maps = Owned<In>(shape.size, order, step, shape.start).filled([&](int64_t index) {
+    return index % 13 == 4 ? NAN : 3 * normal();  // where the heat map is masked
+  });
+  if (depth_maps.count() > 6) store(&depth_maps[5], T(NAN));  // and where it is not
+  const auto grad = Owned<T>(with(batch, {3})).filled([&](int64_t) { return normal(); });
+  const double alpha = 1.7;
+
+  Owned<T> first;
+  Owned<In> first_gradient, first_depth_gradient;
+  for (const Backend& backend : backends(0)) {
+    auto position = poisoned<T>(with(batch, {3})), partition = poisoned<T>(with(batch, {2}));
+    const testing::Moments moments{position.array, {}, {}, partition.array};
+    testing::softmax_moments<In>(backend, heatmaps.array, depth_maps.array, 2, alpha, moments);
+    auto gradient = poisoned<In>(shape.size, shape.order, shape.step);
+    auto depth_gradient = poisoned<In>(shape.size, order, step);
+    testing::softmax_moments_backward<In>(backend, {grad.array, {}, {}, {}}, heatmaps.array, depth_maps.array, moments,
+                                          2, alpha, gradient.array, depth_gradient.array);
+    if (first.memory.empty()) {
+      CHECK(depth_maps.count() <= 6 || (std::isnan(position[2]) && !std::isnan(position[0])));
+      first = std::move(position);
+      first_gradient = std::move(gradient);
+      first_depth_gradient = std::move(depth_gradient);
+      continue;
+    }
+    CHECK(close(first, position, 100 * kRounding<T>));
+    const double half = sizeof(In) > 2 ? 0 : std::is_same<In, BFloat16>::value ? 0x1p-8 : 0x1p-11;
+    // Where one pixel holds nearly all of the weight, its depth and the expectation cancel.
+    CHECK(close(first_gradient, gradient, 2000 * kRounding<T> + half));
+    CHECK(close(first_depth_gradient, depth_gradient, 200 * kRounding<T> + half));
+  }
+}
+
 template <class In>
 void test_all_maps() {
   for (const MapCase& shape : kMapCases)
     for (const bool second : {false, true}) {
       const int before = testing::failed;
       test_moments<In>(shape, second);
+      if (shape.dims == 2) test_soft_argmax25d<In>(shape, second);
       if (testing::failed != before) std::printf("  in: %s\n", shape.name);
     }
 }

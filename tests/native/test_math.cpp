@@ -219,23 +219,25 @@ void test_project_vjp() {
 template <class T>
 struct Map {
   int size[3];
-  std::vector<T> logits;
+  std::vector<T> logits, values;
 };
 
 // Every voxel to one of `parts` states, as threads would, and the states merged.
-template <class T>
-MomentState<T, true> moments(const Map<T>& map, T c, int parts) {
-  std::vector<MomentState<T, true>> states(static_cast<size_t>(parts));
+template <class T, Keep kKeep = Keep::kCovariance>
+MomentState<T, kKeep> moments(const Map<T>& map, T c, int parts) {
+  std::vector<MomentState<T, kKeep>> states(static_cast<size_t>(parts));
   const T centre[3] = {T(0.5 * (map.size[0] - 1)), T(0.5 * (map.size[1] - 1)), T(0.5 * (map.size[2] - 1))};
   for (auto& state : states) state.reset(centre);
   size_t index = 0;
   for (int i = 0; i < map.size[0]; ++i)
     for (int j = 0; j < map.size[1]; ++j)
       for (int k = 0; k < map.size[2]; ++k, ++index) {
-        MomentState<T, true>& state = states[index % states.size()];
+        MomentState<T, kKeep>& state = states[index % states.size()];
         const T at[3] = {T(double(i)), T(double(j)), T(double(k))};
         state.raise(level_of(c, map.logits[index]), at);
-        state.add(softmax_weight(c, map.logits[index], state.level), at[0], at[1], at[2]);
+        const T weight = softmax_weight(c, map.logits[index], state.level);
+        state.add(weight, at[0], at[1], at[2]);
+        if constexpr (kKeep == Keep::kExpectation) state.value.add(weight, map.logits[index], map.values[index]);
       }
   for (size_t part = 1; part < states.size(); ++part) states[0].merge(states[part]);
   return states[0];
@@ -243,13 +245,13 @@ MomentState<T, true> moments(const Map<T>& map, T c, int parts) {
 
 void test_soft_argmax_vjp() {
   for (int trial = 0; trial < 1500; ++trial) {
-    Map<double> map{{integer(1, 5), integer(1, 6), integer(2, 7)}, {}};
+    Map<double> map{{integer(1, 5), integer(1, 6), integer(2, 7)}, {}, {}};
     const double alpha = trial % 3 == 0 ? 30.0 : uniform(0.05, 3), c = alpha * kLog2E;
     const int count = map.size[0] * map.size[1] * map.size[2];
     for (int n = 0; n < count; ++n)
       map.logits.push_back(trial % 4 == 0 && integer(0, 2) == 0 && n > 0 ? -HUGE_VAL : 100 * (trial % 2) + normal());
     const int parts = integer(1, 5);
-    const MomentState<double, true> state = moments(map, c, parts);
+    const MomentState<double, Keep::kCovariance> state = moments(map, c, parts);
 
     MomentCotangent<double> cotangent{};
     cotangent.level = state.level;
@@ -267,7 +269,7 @@ void test_soft_argmax_vjp() {
       }
     }
 
-    Map<Dual> dual{{map.size[0], map.size[1], map.size[2]}, {}};
+    Map<Dual> dual{{map.size[0], map.size[1], map.size[2]}, {}, {}};
     double vjp = 0, terms = 0;
     for (int n = 0; n < count; ++n) {
       const double logit = map.logits[static_cast<size_t>(n)];
@@ -283,7 +285,7 @@ void test_soft_argmax_vjp() {
       terms += std::abs(alpha * weight * cotangent.inverse_sum * direction) *
                (std::abs(cotangent.constant) + std::abs(t[0]) + std::abs(d * t[1]) + std::abs(d * d * t[2]));
     }
-    const MomentState<Dual, true> moved = moments(dual, Dual(c), parts);
+    const MomentState<Dual, Keep::kCovariance> moved = moments(dual, Dual(c), parts);
     double jvp = grad_log * moved.log_partition().slope;
     for (int a = 0; a < 3; ++a) {
       jvp += cotangent.grad_mean[a] * moved.mean(a).slope;
@@ -293,10 +295,85 @@ void test_soft_argmax_vjp() {
   }
 }
 
+template <class T>
+T expectation_of(const MomentState<T, Keep::kExpectation>& state, T c) {
+  return state.expectation(softmax_weight(c, state.value.spoilt, state.level));
+}
+
+void test_expectation_vjp() {
+  for (int trial = 0; trial < 1500; ++trial) {
+    Map<double> map{{1, integer(1, 6), integer(2, 7)}, {}, {}};
+    const double alpha = trial % 3 == 0 ? 30.0 : uniform(0.05, 3), c = alpha * kLog2E;
+    const int count = map.size[1] * map.size[2];
+    // What a value holds is no matter where nothing weighs; elsewhere a NaN or an infinity leaves the mean alone.
+    const bool spoilt = trial % 5 == 0;
+    for (int n = 0; n < count; ++n) {
+      const bool masked = trial % 4 == 0 && integer(0, 2) == 0 && n > 0;
+      map.logits.push_back(masked ? -HUGE_VAL : 100 * (trial % 2) + normal());
+      map.values.push_back(masked && n % 2 == 0 ? NAN : 20 * normal());
+    }
+    if (spoilt) map.values[0] = trial % 2 == 0 ? NAN : HUGE_VAL;
+    const int parts = integer(1, 5);
+    const auto state = moments<double, Keep::kExpectation>(map, c, parts);
+    const double expectation = expectation_of(state, c);
+    CHECK(std::isnan(expectation) == spoilt && !std::isnan(state.mean(1) + state.mean(2)));
+
+    MomentCotangent<double> cotangent{};
+    cotangent.level = state.level;
+    for (int a = 1; a < 3; ++a) {
+      cotangent.mean[a] = state.mean(a);
+      cotangent.grad_mean[a] = normal();
+    }
+    // An incoming NaN is no matter either where there is no expectation.
+    cotangent.value = value_cotangent(spoilt ? NAN : normal(), expectation);
+
+    Map<Dual> dual{{1, map.size[1], map.size[2]}, {}, {}};
+    double vjp = 0, terms = 0;
+    for (int n = 0; n < count; ++n) {
+      const double logit = map.logits[static_cast<size_t>(n)], value = map.values[static_cast<size_t>(n)];
+      const double direction = std::isinf(logit) ? 0.0 : normal();
+      const double value_direction = std::isfinite(value) ? 20 * normal() : 0.0;
+      dual.logits.emplace_back(logit, direction);
+      dual.values.emplace_back(value, value_direction);
+      double t[3];
+      cotangent.row(0, n / map.size[2], t);
+      const double d = n % map.size[2] - cotangent.mean[2];
+      const double weight = softmax_weight(c, logit, state.level), p = weight / state.sum;
+      const double of_value = cotangent.value.term(weight, value);
+      vjp += alpha * p * (t[0] + d * t[1] + of_value) * direction + p * cotangent.value.grad * value_direction;
+      // Of the differences d and value - expectation, what they are differences of.
+      const double sizes = map.size[1] * std::abs(cotangent.grad_mean[1]) + map.size[2] * std::abs(t[1]) +
+                           std::abs(cotangent.value.grad) * (std::isfinite(value) ? std::abs(value) : 0);
+      terms += std::abs(alpha * p * direction) * sizes + std::abs(p * cotangent.value.grad * value_direction);
+      CHECK(std::isfinite(of_value));
+    }
+    const auto moved = moments<Dual, Keep::kExpectation>(dual, Dual(c), parts);
+    double jvp = cotangent.grad_mean[1] * moved.mean(1).slope + cotangent.grad_mean[2] * moved.mean(2).slope;
+    if (!spoilt) jvp += cotangent.value.grad * expectation_of(moved, Dual(c)).slope;
+    CHECK(agree("expectation", jvp, vjp, terms, 1e-11));
+  }
+}
+
+// Whether a value counts is decided by its final weight, wherever it stood and whatever was summed with it.
+void test_values_that_fade() {
+  for (const double logit : {-1100.0, -60.0}) {  // 2^logit against 1: nothing, and something
+    for (const int place : {0, 1, 2}) {
+      Map<double> map{{1, 1, 3}, {-10, -10, -10}, {4, 4, 4}};
+      map.logits[static_cast<size_t>(place)] = logit;
+      map.values[static_cast<size_t>(place)] = NAN;
+      map.logits[static_cast<size_t>(place + 1) % 3] = 0;
+      for (const int parts : {1, 2, 3}) {
+        const double found = expectation_of(moments<double, Keep::kExpectation>(map, 1.0, parts), 1.0);
+        CHECK(logit < -1000 ? found == 4.0 : std::isnan(found));
+      }
+    }
+  }
+}
+
 void test_moments_of_nothing() {
-  Map<double> map{{1, 2, 3}, std::vector<double>(6, -HUGE_VAL)};
+  Map<double> map{{1, 2, 3}, std::vector<double>(6, -HUGE_VAL), {}};
   for (const int parts : {1, 2, 6}) {
-    const MomentState<double, true> state = moments(map, 2.0, parts);
+    const MomentState<double, Keep::kCovariance> state = moments(map, 2.0, parts);
     CHECK(state.sum == 0 && state.level == -HUGE_VAL && std::isnan(state.mean(0)));
     CHECK(state.log_partition() == -HUGE_VAL);
     map.logits[4] = NAN;
@@ -465,6 +542,8 @@ int main() {
   test_triangulate_degenerate();
   test_project_vjp();
   test_soft_argmax_vjp();
+  test_expectation_vjp();
+  test_values_that_fade();
   test_moments_of_nothing();
   test_inverse_power_of_two();
   test_half<Float16>(10);
