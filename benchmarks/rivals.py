@@ -51,6 +51,36 @@ def soft_argmax2d_grid(height: int, width: int, alpha: float, device: str) -> Ca
     return run
 
 
+def soft_argmax25d_marginals(
+    height: int, width: int, alpha: float, device: str
+) -> Callable[..., Tensor]:
+    """Softmax, the mean of each marginal, and the sum of the weighted depths."""
+    xs = torch.arange(width, dtype=torch.float32, device=device)
+    ys = torch.arange(height, dtype=torch.float32, device=device)
+
+    def run(heatmaps: Tensor, depth_maps: Tensor) -> Tensor:
+        p = _probabilities(heatmaps, 2, alpha)
+        depth = (p * depth_maps).sum((-2, -1))
+        return torch.stack([p.sum(-2) @ xs, p.sum(-1) @ ys, depth], -1)
+
+    return run
+
+
+def soft_argmax25d_products(
+    height: int, width: int, alpha: float, device: str
+) -> Callable[..., Tensor]:
+    """Softmax, then matrix products: with the coordinates of all pixels, and with the depths."""
+    ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    grid = torch.stack([xs.flatten(), ys.flatten()], -1).to(device, torch.float32)
+
+    def run(heatmaps: Tensor, depth_maps: Tensor) -> Tensor:
+        p = _probabilities(heatmaps, 2, alpha).flatten(-2)
+        depth = (p[..., None, :] @ depth_maps.flatten(-2)[..., None]).squeeze(-1)
+        return torch.cat([p @ grid, depth], -1)
+
+    return run
+
+
 def soft_argmax3d_marginals(
     size: tuple[int, int, int], origin: Tensor, axes: Tensor
 ) -> Callable[..., Tensor]:

@@ -143,6 +143,64 @@ def _soft_argmax2d_case(shape: tuple[int, ...], device: str) -> Case:
     )
 
 
+def soft_argmax25d(quick: bool) -> list[Spec]:
+    def spec(batch: int, joints: int, height: int, width: int, **flags: bool) -> Spec:
+        return Spec(
+            op="soft_argmax25d",
+            size=f"{batch}x{joints}x{height}x{width}",
+            shape={"B": batch, "J": joints, "H": height, "W": width},
+            unit="px",
+            tolerance=0.01,
+            build=partial(_soft_argmax25d_case, (batch, joints, height, width)),
+            **flags,
+        )
+
+    if quick:
+        return [spec(2, 3, 12, 16)]
+    return [spec(32, 17, 64, 48, headline=True, memory=True), spec(1, 17, 64, 48)]
+
+
+def _soft_argmax25d_case(shape: tuple[int, ...], device: str) -> Case:
+    """Heat maps and latent depth maps, both halves of one head, in units of about a pixel."""
+    alpha = 100.0
+    _, joints, height, width = shape
+    generator = torch.Generator().manual_seed(SEED + 2)
+    depth_maps = torch.randn(shape, generator=generator).mul_(10)
+    head = torch.cat([_peaks(shape, dims=2, height=0.5, noise=0.02), depth_maps], 1).to(device)
+    uses = ("heatmaps", "depth_maps")
+    grids = (height, width, alpha, device)
+    return Case(
+        inputs={"heatmaps": head[:, :joints], "depth_maps": head[:, joints:]},
+        wrt=uses,
+        reference=partial(reference.soft_argmax25d, inverse_temperature=alpha),
+        vjp=lambda grad, heatmaps, depth_maps: dict(
+            zip(
+                uses,
+                reference.soft_argmax25d_vjp(grad, heatmaps, depth_maps, inverse_temperature=alpha),
+                strict=True,
+            )
+        ),
+        variants=[
+            Variant(
+                "tritool", "tritool", partial(ops.soft_argmax25d, inverse_temperature=alpha), uses
+            ),
+            Variant(
+                "softmax + marginal sums + weighted sum",
+                "pytorch",
+                rivals.soft_argmax25d_marginals(*grids),
+                uses,
+            ),
+            Variant(
+                "softmax @ grid, softmax @ depth",
+                "pytorch",
+                rivals.soft_argmax25d_products(*grids),
+                uses,
+            ),
+        ],
+        batch_dims=2,
+    )
+
+
 def soft_argmax3d(quick: bool) -> list[Spec]:
     def spec(batch: int, joints: int, side: int, **flags: bool) -> Spec:
         return Spec(
@@ -363,7 +421,7 @@ def _project_case(count: int, views: int, device: str) -> Case:
     )
 
 
-OPERATIONS = (soft_argmax2d, soft_argmax3d, triangulate, project)
+OPERATIONS = (soft_argmax2d, soft_argmax25d, soft_argmax3d, triangulate, project)
 
 
 def specs(quick: bool = False) -> list[Spec]:

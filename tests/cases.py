@@ -91,6 +91,17 @@ def _moments_raw(dims: int) -> dict[str, Callable[..., tuple[Any, ...]]]:
     }
 
 
+def _heatmaps_and_depth_maps(batch: int) -> tuple[Tensor, Tensor]:
+    return 2 * _randn(batch, 2, 3, 4, seed=5), 3 + _randn(batch, 2, 3, 4, seed=8)
+
+
+def _soft_argmax25d_backward(heatmaps: Tensor, depth_maps: Tensor) -> tuple[Any, ...]:
+    with torch.no_grad():
+        position, partition = torch.ops.tritool.soft_argmax25d(heatmaps, depth_maps, 1.3)
+    grad = torch.ones_like(position, requires_grad=True)
+    return grad, heatmaps, depth_maps, position, partition, 1.3
+
+
 def _triangulate_raw(homogeneous: bool) -> dict[str, Callable[..., tuple[Any, ...]]]:
     def backward(points: Tensor, projections: Tensor, weights: Tensor) -> tuple[Any, ...]:
         grad = torch.ones(len(points), 3, dtype=points.dtype, device=points.device)
@@ -178,5 +189,14 @@ CASES = [
             ops.softmax_moments3d(x, grid=VoxelGrid(origin, axes, (2, 3, 4)))
         ),
         _volume_and_frame,
+    ),
+    OpCase(
+        "soft_argmax25d",
+        lambda *maps: ops.soft_argmax25d(*maps, inverse_temperature=1.3),
+        _heatmaps_and_depth_maps,
+        {
+            "soft_argmax25d": lambda heatmaps, depth_maps: (heatmaps, depth_maps, 1.3),
+            "soft_argmax25d_backward": _soft_argmax25d_backward,
+        },
     ),
 ]

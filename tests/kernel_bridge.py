@@ -103,7 +103,7 @@ class Kernels:
         return gradients
 
     def moments(self, logits: Array, dims: int, alpha: float = 1.0) -> Moments:
-        if logits.dtype not in (np.float16, np.uint16):
+        if not _is_half(logits):
             (logits,) = self.cast(logits)
         return Moments(
             *bridge.softmax_moments(self._handle, logits, dims=dims, inverse_temperature=alpha)
@@ -117,7 +117,7 @@ class Kernels:
         dims: int,
         alpha: float = 1.0,
     ) -> Array:
-        if logits.dtype not in (np.float16, np.uint16):
+        if not _is_half(logits):
             (logits,) = self.cast(logits)
         mean, covariance, _, partition = moments
         return np.asarray(
@@ -132,6 +132,43 @@ class Kernels:
                 inverse_temperature=alpha,
             )
         )
+
+    def soft_argmax25d(
+        self, heatmaps: Array, depth_maps: Array, alpha: float = 1.0
+    ) -> tuple[Array, Array]:
+        """Return the position and the partition."""
+        if not _is_half(heatmaps):
+            heatmaps, depth_maps = self.cast(heatmaps, depth_maps)
+        result: tuple[Array, Array] = bridge.soft_argmax25d(
+            self._handle, heatmaps, depth_maps, inverse_temperature=alpha
+        )
+        return result
+
+    def soft_argmax25d_vjp(
+        self,
+        grad: Array,
+        heatmaps: Array,
+        depth_maps: Array,
+        result: tuple[Array, Array],
+        alpha: float = 1.0,
+    ) -> tuple[Array, Array]:
+        if not _is_half(heatmaps):
+            heatmaps, depth_maps = self.cast(heatmaps, depth_maps)
+        (grad,) = self.cast(grad)
+        gradients: tuple[Array, Array] = bridge.soft_argmax25d_backward(
+            self._handle,
+            np.array(grad, order="C"),
+            heatmaps,
+            depth_maps,
+            *result,
+            inverse_temperature=alpha,
+        )
+        return gradients
+
+
+def _is_half(array: Array) -> bool:
+    """Whether these are float16, or the bits of bfloat16, which the kernels take as they are."""
+    return array.dtype in (np.float16, np.uint16)
 
 
 def _parameter(backend: str, dtype: type[np.floating[Any]]) -> Any:

@@ -29,6 +29,7 @@ EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 DOCTESTED = (
     "tritool.ops.project",
     "tritool.ops.soft_argmax",
+    "tritool.ops.soft_argmax25d",
     "tritool.ops.triangulate",
     "tritool.cameras",
     "tritool.grid",

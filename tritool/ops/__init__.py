@@ -12,6 +12,7 @@ from tritool.ops.soft_argmax import (
     softmax_moments2d,
     softmax_moments3d,
 )
+from tritool.ops.soft_argmax25d import SoftArgmax25d, soft_argmax25d
 from tritool.ops.triangulate import Triangulate, triangulate
 
 __all__ = [
@@ -19,11 +20,13 @@ __all__ = [
     "Project",
     "SoftArgmax2d",
     "SoftArgmax3d",
+    "SoftArgmax25d",
     "SoftmaxMoments",
     "Triangulate",
     "project",
     "soft_argmax2d",
     "soft_argmax3d",
+    "soft_argmax25d",
     "softmax_moments2d",
     "softmax_moments3d",
     "triangulate",

@@ -15,6 +15,11 @@ from tritool.ops.composite.soft_argmax import (
     softmax_moments_backward,
     softmax_moments_double_backward,
 )
+from tritool.ops.composite.soft_argmax25d import (
+    soft_argmax25d,
+    soft_argmax25d_backward,
+    soft_argmax25d_double_backward,
+)
 from tritool.ops.composite.triangulate import (
     triangulate,
     triangulate_backward,
@@ -26,6 +31,9 @@ __all__ = [
     "project",
     "project_backward",
     "project_double_backward",
+    "soft_argmax25d",
+    "soft_argmax25d_backward",
+    "soft_argmax25d_double_backward",
     "softmax_moments",
     "softmax_moments_backward",
     "softmax_moments_double_backward",
