@@ -255,5 +255,5 @@ def test_raw_backward_wants_results_of_the_maps(short: int) -> None:
     maps = torch.zeros(4, 5, 6)
     for wrong in (results[short][..., 1:], results[short][1:], results[short].double()):
         grad, position, partition = (*results[:short], wrong, *results[short + 1 :])
-        with pytest.raises(RuntimeError, match="grad|position|partition"):
+        with pytest.raises(RuntimeError, match=r"grad|position|partition"):
             torch.ops.tritool.soft_argmax25d_backward(grad, maps, maps, position, partition, 1.0)

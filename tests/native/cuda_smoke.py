@@ -42,6 +42,16 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Call, list[Tensor]]]:
     masked[2, 4, 4] = torch.nan
     yield "soft_argmax2d masked", lambda x: (ops.soft_argmax2d(x),), [masked]
 
+    def depths(*maps: Tensor) -> tuple[Tensor]:
+        return (ops.soft_argmax25d(*maps),)
+
+    yield "soft_argmax25d masked", depths, [masked, masked.nan_to_num(torch.nan, 0.0, torch.nan)]
+    for shape in ((2, 1, 1), (3, 5, 7), (9, 40, 32), (2, 130, 90)):
+        head = normal(3, 2 * shape[0], *shape[1:])
+        for layout in (head, head.contiguous(memory_format=torch.channels_last)):
+            halves = list(layout.chunk(2, 1))
+            yield f"soft_argmax25d {shape} {halves[0].stride()}", depths, halves
+
     for shape in ((2, 1, 1, 1, 1), (1, 3, 5, 6, 7), (2, 2, 17, 9, 33)):
         size = (shape[-3], shape[-2], shape[-1])
         yield f"soft_argmax3d {shape}", lambda x: (ops.soft_argmax3d(x),), [normal(*shape)]

@@ -48,9 +48,9 @@ def soft_argmax25d(
     Example:
         >>> heatmap, depth_map = torch.zeros(2, 48, 64)
         >>> heatmap[20, 30] = 1
-        >>> depth_map[20, 30] = 250
+        >>> depth_map[20, 30] = 256
         >>> soft_argmax25d(heatmap, depth_map, inverse_temperature=100.0)
-        tensor([ 30.,  20., 250.])
+        tensor([ 30.,  20., 256.])
     """
     maps = {"heatmaps": heatmaps, "depth_maps": depth_maps}
     _check.tensors(maps)
@@ -134,8 +134,9 @@ class SoftArgmax25dBackward(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients to the incoming one and, in full, to the maps; none through the results."""
+        grad, heatmaps, depth_maps = ctx.saved_tensors
         results = composite.soft_argmax25d_double_backward(
-            cotangents, *ctx.saved_tensors, ctx.inverse_temperature
+            cotangents, grad, heatmaps, depth_maps, ctx.inverse_temperature
         )
         return *results, None, None, None
 

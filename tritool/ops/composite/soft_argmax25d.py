@@ -52,8 +52,8 @@ def soft_argmax25d_double_backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of <cotangents, gradients of SoftArgmax25d> to grad and both maps."""
 
-    def gradient(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return _gradient(*inputs, inverse_temperature)
+    def gradient(g: Tensor, h: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        return _gradient(g, h, d, inverse_temperature)
 
     _, pull = vjp(gradient, grad, heatmaps, depth_maps)
     grads: tuple[Tensor, ...] = pull(tuple(cotangents))
@@ -63,7 +63,7 @@ def soft_argmax25d_double_backward(
 def _gradient(
     grad: Tensor, heatmaps: Tensor, depth_maps: Tensor, inverse_temperature: float
 ) -> tuple[Tensor, ...]:
-    position, pull = vjp(lambda *maps: _position(*maps, inverse_temperature), heatmaps, depth_maps)
+    position, pull = vjp(lambda h, d: _position(h, d, inverse_temperature), heatmaps, depth_maps)
     # An incoming NaN must not survive as 0 * NaN where there is no result.
     grads: tuple[Tensor, ...] = pull(torch.where(position.isnan(), 0, grad.to(position.dtype)))
     return grads
