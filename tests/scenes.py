@@ -75,20 +75,39 @@ class Unprojection:
         """Of the result: [B, K, X, Y, Z] or [B, K, ...]."""
         return self.batch, self.features.shape[2], *self.points.shape[1:-1]
 
+    def operands(self) -> list[Array]:
+        """List features, projections, points or origin and axes, and confidences if there are."""
+        grid = self.grid[:2] if isinstance(self.grid, tuple) else (self.grid,)
+        w = () if self.confidences is None else (self.confidences,)
+        return [self.features, self.projections, *grid, *w]
+
+    def with_operands(self, arrays: Sequence[Any]) -> Unprojection:
+        """Replace all of `operands`."""
+        features, projections, *rest = arrays
+        w = rest.pop() if self.confidences is not None else None
+        grid: Any = (*rest, self.grid[2]) if isinstance(self.grid, tuple) else rest[0]
+        return replace(self, features=features, projections=projections, grid=grid, confidences=w)
+
     def astype(self, dtype: npt.DTypeLike) -> Unprojection:
-        """Round every array to a dtype."""
-        grid = self.grid
-        if isinstance(grid, tuple):
-            grid = (grid[0].astype(dtype), grid[1].astype(dtype), grid[2])
-        else:
-            grid = grid.astype(dtype)
+        """Round every operand to a dtype."""
+        return self.with_operands([operand.astype(dtype) for operand in self.operands()])
+
+    def select_views(self, views: Any) -> Unprojection:
+        """Take some views, in an order."""
+        w = self.confidences
         return replace(
             self,
-            features=self.features.astype(dtype),
-            projections=self.projections.astype(dtype),
-            grid=grid,
-            confidences=None if self.confidences is None else self.confidences.astype(dtype),
+            features=self.features[:, views],
+            projections=self.projections[:, views],
+            confidences=None if w is None else w[:, views],
         )
+
+    def sees(self) -> Array:
+        """Tell which view sees which voxel, [B, C, ...]."""
+        height, width = self.features.shape[-2:]
+        pixels, depth = self.pixels()
+        inside = (pixels > -1.0).all(-1) & (pixels < np.array([width, height])).all(-1)
+        return np.asarray((depth > 0.0) & inside)
 
     def pixels(self) -> tuple[Array, Array]:
         """Project every voxel: pixels [B, C, ..., 2] as sampled, depths [B, C, ...]."""
@@ -122,7 +141,7 @@ class Unprojection:
             beside = (pixels < -1.0 - margin) | (pixels > np.array([width, height]) + margin)
             fine = far.all(-1) | beside.any(-1) | (depth < 0.0)
             fine &= np.abs(depth) >= 0.01 * margin * np.abs(depth).max(initial=0.0)
-        clear = fine.all(1)[:, None]
+        clear = np.asarray(fine).all(1, keepdims=True)
         return np.asarray(np.broadcast_to(clear, (self.batch, *clear.shape[1:])))
 
 

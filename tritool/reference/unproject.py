@@ -228,7 +228,7 @@ def _positions(grid: Frame | ArrayLike) -> FloatArray:
         points = as_float(grid)
         if points.ndim < 2 or points.shape[-1] != 3:
             raise ValueError(
-                f"grid must be (origin, axes, size) or [B, ..., 3], got {points.shape}"
+                f"grid must be points [B, ..., 3] or (origin, axes, size), got {points.shape}"
             )
         return points
     if len(grid) != 3:
@@ -384,8 +384,10 @@ def _aggregate(
 ) -> _Outcome:
     """Equations (8)-(11), of values [C, K, V] with confidences [C, K]."""
     w = confidences[..., None]
-    sees = np.array([view.sees for view in views]).reshape(values.shape[0], 1, values.shape[2])
-    unknown = np.array([view.unknown for view in views]).reshape(sees.shape)
+    sees = np.array([view.sees for view in views], dtype=bool).reshape(
+        values.shape[0], 1, values.shape[2]
+    )
+    unknown = np.array([view.unknown for view in views], dtype=bool).reshape(sees.shape)
     takes_part = (w != 0.0) & (sees | (outside == "zeros") | unknown)
     defined = ~(takes_part & (unknown | ~(w >= 0.0))).any(0)
     w = np.where(takes_part, w, 0.0)
