@@ -2,6 +2,7 @@
 """The operations: batched, differentiable, on CPU and CUDA. Start reading at a function."""
 
 from tritool.ops.project import Project, project
+from tritool.ops.rigid_align import RigidAlign, RigidTransform, rigid_align
 from tritool.ops.soft_argmax import (
     Moments,
     SoftArgmax2d,
@@ -17,11 +18,14 @@ from tritool.ops.triangulate import Triangulate, triangulate
 __all__ = [
     "Moments",
     "Project",
+    "RigidAlign",
+    "RigidTransform",
     "SoftArgmax2d",
     "SoftArgmax3d",
     "SoftmaxMoments",
     "Triangulate",
     "project",
+    "rigid_align",
     "soft_argmax2d",
     "soft_argmax3d",
     "softmax_moments2d",
