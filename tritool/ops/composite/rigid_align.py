@@ -63,7 +63,8 @@ def rigid_align_double_backward(
     def gradient(*inputs: Tensor) -> tuple[Tensor, ...]:
         left = list(inputs)
         values: list[Any] = [left.pop(0) if x is not None else None for x in arguments]
-        return tuple(_gradient(values[:3], *values[3:], with_scale, start, wanted))
+        moved, to, given = values[3:]
+        return tuple(_gradient(values[:3], moved, to, given, with_scale, start, wanted))
 
     _, pull = vjp(gradient, *(x for x in arguments if x is not None))
     results = list(pull(tuple(c for c, want in zip(cotangents, wanted, strict=True) if want)))
@@ -203,4 +204,5 @@ def _twist(b: Tensor) -> Tensor:
     """The matrix [b]x."""
     x, y, z = b.unbind(-1)
     zero = torch.zeros_like(x)
-    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    entries = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1)
+    return entries.reshape(*entries.shape[:-1], 3, 3)
