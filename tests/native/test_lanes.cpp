@@ -135,11 +135,16 @@ void random_matrix(int trial, T (&a)[3][3]) {
 
 // Not inlined: two copies may be contracted to fused operations differently.
 template <class T>
-__attribute__((noinline)) RightSvd3<T> svd_of(const T (&a)[3][3]) {
-  T work[3][3];
+__attribute__((noinline)) RightSvd3<T> svd_of(const T (&a)[3][3], T (&work)[3][3]) {
   for (int i = 0; i < 3; ++i)
     for (int j = 0; j < 3; ++j) work[i][j] = a[i][j];
   return right_svd3(work);
+}
+
+template <class T>
+RightSvd3<T> svd_of(const T (&a)[3][3]) {
+  T work[3][3];
+  return svd_of(a, work);
 }
 
 // The accuracy of one-sided Jacobi: V orthogonal, and V S^2 V^T = A^T A to rounding of each pair of columns. For graded
@@ -147,13 +152,14 @@ __attribute__((noinline)) RightSvd3<T> svd_of(const T (&a)[3][3]) {
 template <class T>
 void test_svd3() {
   constexpr double kEps = std::numeric_limits<T>::epsilon();
-  double orthogonality = 0, reconstruction = 0;
+  double orthogonality = 0, reconstruction = 0, rotated = 0;
   for (int trial = 0; trial < 100000; ++trial) {
     T a[3][3], scaled[3][3];
     random_matrix(trial, a);
     for (int i = 0; i < 3; ++i)
       for (int j = 0; j < 3; ++j) scaled[i][j] = std::ldexp(a[i][j], 7);
-    const RightSvd3<T> svd = svd_of(a);
+    T columns[3][3];
+    const RightSvd3<T> svd = svd_of(a, columns);
     CHECK(svd.s_squared[2] <= svd.s_squared[0] && svd.s_squared[2] <= svd.s_squared[1] && svd.s_squared[2] >= 0);
 
     double norm[3];
@@ -171,6 +177,15 @@ void test_svd3() {
           reconstruction = std::max(reconstruction, std::abs(rebuilt - gram) / (norm[p] * norm[q]) / kEps);
         else
           CHECK(rebuilt == 0);
+      }
+
+    // What is left of A is A V, column for column.
+    const double size = std::hypot(std::hypot(norm[0], norm[1]), norm[2]);
+    for (int i = 0; i < 3 && size > 0; ++i)
+      for (int k = 0; k < 3; ++k) {
+        const double exact =
+            double(a[k][0]) * svd.v[0][i] + double(a[k][1]) * svd.v[1][i] + double(a[k][2]) * svd.v[2][i];
+        rotated = std::max(rotated, std::abs(columns[k][i] - exact) / size / kEps);
       }
 
     // A power of two on the whole matrix changes no rounding, unless a fourth power underflows.
@@ -199,6 +214,7 @@ void test_svd3() {
               int(8 * sizeof(T)), orthogonality, reconstruction);
   CHECK(orthogonality <= 20);
   CHECK(reconstruction <= 60);
+  CHECK(rotated <= 20);
 }
 
 }  // namespace
