@@ -299,7 +299,9 @@ TRITOOL_HD void rigid_align_points(const Points& points, bool with_scale, T (&ro
 // every point; all zero for an absent point and for a result that is not valid, whatever comes in.
 //
 // With G = dL/dR and g = dL/ds after t has been inserted, a the twist of R^T G, q = (tr(P) I - P)^-1 a:
-//   dL/dM = R [q]x + g / spread R,  dL/dspread = -g s / spread.
+//   dL/dM = R [q]x + g / spread R,  dL/dspread = -g s / spread,
+// and from there to x, y and w. As a common motion of all points costs nothing, all terms of dL/dw together are
+// e . dL/dy / w, e = y - my - s R (x - mx): with exact data no weight matters.
 template <class T, class Points, class Sink>
 TRITOOL_HD void rigid_align_points_vjp(const Points& points, bool with_scale, const T (&grad_rotation)[3][3],
                                        const T (&grad_translation)[3], T grad_scale, Sink& sink) {
@@ -348,10 +350,10 @@ TRITOOL_HD void rigid_align_points_vjp(const Points& points, bool with_scale, co
     for (int k = 0; k < 3; ++k) {
       const T to_x = to_moment[0][k] * y[0] + to_moment[1][k] * y[1] + to_moment[2][k] * y[2] + to_source_mean[k];
       const T to_y = to_moment[k][0] * x[0] + to_moment[k][1] * x[1] + to_moment[k][2] * x[2] + to_target_mean[k];
-      const T stretch = to_spread * x[k];
-      gradient.source[k] = select(counts, weight * (to_x + (stretch + stretch)), T(0));
+      const T residual = y[k] - solution.scale * (r[k][0] * x[0] + r[k][1] * x[1] + r[k][2] * x[2]);
+      gradient.source[k] = select(counts, weight * (to_x + (to_spread + to_spread) * x[k]), T(0));
       gradient.target[k] = select(counts, weight * to_y, T(0));
-      gradient.weight = gradient.weight + (y[k] * to_y + x[k] * (to_source_mean[k] + stretch));
+      gradient.weight = gradient.weight + residual * to_y;
     }
     gradient.weight = select(counts, gradient.weight * solution.weight_scale, T(0));
     sink(n, gradient);
