@@ -158,7 +158,7 @@ def test_keeps_its_bounds_on_people(kernels: Kernels) -> None:
     count = 500 if kernels.backend == CUDA else 5000
     sets = PointSets(*kernels.cast(*point_sets("generic", count, 17)))
     posed = conditioning(sets) > 0.2
-    assert posed.mean() > 0.9
+    assert posed.mean() > 0.8
     eps = np.finfo(kernels.dtype).eps * (1.0 if kernels.dtype == np.float32 else 20.0)
     exact = [a.astype(np.float64) for a in sets]
     found = kernels.rigid_align(*sets, with_scale=True)
