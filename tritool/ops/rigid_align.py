@@ -35,16 +35,26 @@ class RigidTransform(NamedTuple):
             points: `[..., M, 3]`; batch dimensions broadcast with the transform's.
 
         Returns:
-            `[..., M, 3]`; NaN where the transform is.
+            `[..., M, 3]`. NaN, with zero gradient to the point and the transform, where either has
+            a NaN.
 
         Raises:
             ValueError: The shape does not fit.
         """
         _check.trailing("points", points, "[..., M, 3]", (None, 3))
         _check.broadcast_batch({"points": points.shape[:-2], "rotation": self.rotation.shape[:-2]})
+        known = ~(self.rotation.isnan().any(-1).any(-1) | self.translation.isnan().any(-1))
+        known = known & ~self.scale.isnan()
+        # What is NaN goes on as 0, or it would reach a gradient as 0 * NaN.
+        rotation = torch.where(known[..., None, None], self.rotation, 0)
+        translation = torch.where(known[..., None], self.translation, 0)
+        scale = torch.where(known, self.scale, 0)
+        there = ~points.isnan().any(-1, keepdim=True)
+        points = torch.where(there, points, 0)
         # Not a matmul: autocast and TF32 would round it.
-        turned = (self.rotation[..., None, :, :] * points[..., None, :]).sum(-1)
-        return self.scale[..., None, None] * turned + self.translation[..., None, :]
+        turned = (rotation[..., None, :, :] * points[..., None, :]).sum(-1)
+        moved = scale[..., None, None] * turned + translation[..., None, :]
+        return torch.where(known[..., None, None] & there, moved, torch.nan)
 
 
 def rigid_align(
