@@ -242,7 +242,7 @@ def _centred(
 
 def _masked_grad(grad: ArrayLike | None, valid: BoolArray, shape: tuple[int, ...]) -> FloatArray:
     """Broadcast an incoming gradient to [..., *shape], 0 where the result is not valid."""
-    mask = valid.reshape(*valid.shape, *(1,) * len(shape))
+    mask = np.reshape(valid, (*valid.shape, *(1,) * len(shape)))
     return np.where(mask, 0.0 if grad is None else as_float(grad), np.zeros(shape))
 
 

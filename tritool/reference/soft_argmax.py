@@ -166,9 +166,10 @@ def soft_argmax25d_vjp(
     grad_depth = np.where(known, grad[..., 2], 0.0)[..., None]
 
     offsets = softmax.coordinates - softmax.mean[..., None, :]
-    with np.errstate(invalid="ignore"):  # of pixels with p = 0
-        depth_offsets = np.where(known[..., None], depths - mean_depth[..., None], 0.0)
-        grad_log_p = times(offsets, grad[..., :2]) + grad_depth * depth_offsets
+    counts = (softmax.p > 0.0) & known[..., None]
+    with np.errstate(invalid="ignore"):
+        depth_offsets = np.where(counts, depths - mean_depth[..., None], 0.0)
+    grad_log_p = times(offsets, grad[..., :2]) + grad_depth * depth_offsets
     grad_heatmaps = _logits_vjp(grad_log_p, softmax)
     grad_depths = np.where(softmax.p > 0.0, softmax.p * grad_depth, 0.0).reshape(softmax.shape)
     return (
