@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import scenes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_bridge import (
@@ -334,6 +335,30 @@ def test_degenerate_sets_are_nan_without_gradient(kernels: Kernels, with_scale: 
                 grads = tuple(np.full(shape, incoming) for shape in ((3, 3), (3,), ()))
                 gradients = kernels.rigid_align_vjp(grads, *bad, with_scale=with_scale)
                 assert_zero(*gradients)
+
+
+@every_kernel
+@scales
+@pytest.mark.parametrize("reason", scenes.UNALIGNABLE)
+def test_unalignable_sets_are_nan_without_gradient(
+    kernels: Kernels, reason: str, with_scale: bool
+) -> None:
+    """The sets of the reference's own tests, some metres from the origin."""
+    tested = 0
+    for seed in range(20):
+        bad = scenes.unalignable(reason, np.random.default_rng(seed)).astype(kernels.dtype)
+        bad = bad.astype(np.float64).arguments
+        # A line some metres away is no line any more after rounding to float32.
+        expected = reference.rigid_align(*bad, tau=0.5 * tau_of(kernels)).rotation
+        if "line" in reason and np.isfinite(expected).all():
+            continue
+        tested += 1
+        found = kernels.rigid_align(*bad, with_scale=with_scale)
+        assert all(np.isnan(value).all() for value in found)
+        grads = tuple(np.full(shape, np.nan) for shape in ((3, 3), (3,), ()))
+        gradients = kernels.rigid_align_vjp(grads, *bad, with_scale=with_scale)
+        assert_zero(*gradients)
+    assert tested >= 5
 
 
 @every_kernel
