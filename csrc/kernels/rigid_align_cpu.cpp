@@ -34,7 +34,7 @@ struct LanePoints {
     for (int lane = 0; lane < N; ++lane) {
       source[lane] = params.source + offset[lane][Params::kSource];
       target[lane] = params.target + offset[lane][Params::kTarget];
-      weights[lane] = weighted ? params.weights + offset[lane][Params::kWeights] : nullptr;
+      weights[lane] = params.weights + offset[lane][Params::kWeights];  // of no weights: null + 0
       same_source = same_source && source[lane] == source[0];
       same_target = same_target && target[lane] == target[0];
     }
@@ -58,12 +58,32 @@ template <class T, int N>
 struct StagedPoints {
   int count;
   bool weighted;
-  Correspondence<Pack<T, N>> point[kMostStaged];
+  Pack<T, N> source[3 * kMostStaged], target[3 * kMostStaged], weight[kMostStaged];
 
   TRITOOL_HD explicit StagedPoints(const LanePoints<T, N>& points) : count(points.count), weighted(points.weighted) {
-    for (int n = 0; n < count; ++n) point[n] = points(n);
+    stage(points.source, points.source_stride, points.same_source, source);
+    stage(points.target, points.target_stride, points.same_target, target);
+    if (weighted && points.weights_stride == 1)
+      gather_run(points.weights, count, weight);
+    else
+      for (int n = 0; n < count; ++n) weight[n] = weighted ? gather(points.weights, n * points.weights_stride) : T(1);
   }
-  TRITOOL_HD const Correspondence<Pack<T, N>>& operator()(int n) const { return point[n]; }
+  TRITOOL_HD Correspondence<Pack<T, N>> operator()(int n) const {
+    Correspondence<Pack<T, N>> point;
+    for (int k = 0; k < 3; ++k) {
+      point.source[k] = source[3 * n + k];
+      point.target[k] = target[3 * n + k];
+    }
+    point.weight = weight[n];
+    return point;
+  }
+
+ private:
+  TRITOOL_HD void stage(const T* const (&base)[N], const int64_t* stride, bool same, Pack<T, N>* result) const {
+    if (stride[0] == 3 && stride[1] == 1 && !same) return gather_run(base, 3 * count, result);
+    for (int n = 0; n < count; ++n)
+      for (int k = 0; k < 3; ++k) result[3 * n + k] = gather_shared(base, same, n * stride[0] + k * stride[1]);
+  }
 };
 
 template <class T>
@@ -92,24 +112,54 @@ void forward(const RigidAlignParams<T>& params, int64_t begin, int64_t end) {
   }
 }
 
+// Where the gradients of one group of sets go; null where not wanted.
 template <class T, int N>
-struct LaneSink {
-  const RigidAlignBackwardParams<T>& params;
-  const int64_t (&offset)[N][RigidAlignBackwardParams<T>::kOperands];
+struct LaneGradients {
   int lanes;
+  T* source[N];
+  T* target[N];
+  T* weights[N];
 
-  void operator()(int n, const CorrespondenceGradient<Pack<T, N>>& gradient) {
+  TRITOOL_HD LaneGradients(const RigidAlignBackwardParams<T>& params,
+                           const int64_t (&offset)[N][RigidAlignBackwardParams<T>::kOperands], int lanes)
+      : lanes(lanes) {
     using Params = RigidAlignBackwardParams<T>;
+    for (int lane = 0; lane < N; ++lane) {
+      source[lane] = at(params.grad_source, offset[lane][Params::kGradSource]);
+      target[lane] = at(params.grad_target, offset[lane][Params::kGradTarget]);
+      weights[lane] = at(params.grad_weights, offset[lane][Params::kGradWeights]);
+    }
+  }
+  TRITOOL_HD void operator()(int n, const CorrespondenceGradient<Pack<T, N>>& gradient) {
     for (int lane = 0; lane < lanes; ++lane) {
       for (int k = 0; k < 3; ++k) {
-        if (params.grad_source != nullptr)
-          params.grad_source[offset[lane][Params::kGradSource] + 3 * n + k] = gradient.source[k].v[lane];
-        if (params.grad_target != nullptr)
-          params.grad_target[offset[lane][Params::kGradTarget] + 3 * n + k] = gradient.target[k].v[lane];
+        if (source[lane] != nullptr) source[lane][3 * n + k] = gradient.source[k].v[lane];
+        if (target[lane] != nullptr) target[lane][3 * n + k] = gradient.target[k].v[lane];
       }
-      if (params.grad_weights != nullptr)
-        params.grad_weights[offset[lane][Params::kGradWeights] + n] = gradient.weight.v[lane];
+      if (weights[lane] != nullptr) weights[lane][n] = gradient.weight.v[lane];
     }
+  }
+
+ private:
+  TRITOOL_HD static T* at(T* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; }
+};
+
+// The same for as many points as StagedPoints takes, written at the end and in whole vectors.
+template <class T, int N>
+struct StagedGradients {
+  Pack<T, N> source[3 * kMostStaged], target[3 * kMostStaged], weight[kMostStaged];
+
+  TRITOOL_HD void operator()(int n, const CorrespondenceGradient<Pack<T, N>>& gradient) {
+    for (int k = 0; k < 3; ++k) {
+      source[3 * n + k] = gradient.source[k];
+      target[3 * n + k] = gradient.target[k];
+    }
+    weight[n] = gradient.weight;
+  }
+  TRITOOL_HD void write(const LaneGradients<T, N>& to, int count) const {
+    if (to.source[0] != nullptr) scatter_run(to.source, to.lanes, 3 * count, source);
+    if (to.target[0] != nullptr) scatter_run(to.target, to.lanes, 3 * count, target);
+    if (to.weights[0] != nullptr) scatter_run(to.weights, to.lanes, count, weight);
   }
 };
 
@@ -144,12 +194,15 @@ void backward(const RigidAlignBackwardParams<T>& params, int64_t begin, int64_t 
     }
     const P grad_scale = gather_or_zero(scales, 0);
     const LanePoints<T, N> points(params, offset);
-    LaneSink<T, N> sink{params, offset, lanes};
-    if (points.count <= kMostStaged)
+    LaneGradients<T, N> gradients(params, offset, lanes);
+    if (points.count <= kMostStaged) {
+      StagedGradients<T, N> staged;
       rigid_align_points_vjp<P>(StagedPoints<T, N>(points), params.with_scale, grad_rotation, grad_translation,
-                                grad_scale, sink);
-    else
-      rigid_align_points_vjp<P>(points, params.with_scale, grad_rotation, grad_translation, grad_scale, sink);
+                                grad_scale, staged);
+      staged.write(gradients, points.count);
+    } else {
+      rigid_align_points_vjp<P>(points, params.with_scale, grad_rotation, grad_translation, grad_scale, gradients);
+    }
   }
 }
 
