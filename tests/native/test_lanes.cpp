@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <random>
+#include <vector>
 
 #include "check.h"
 #include "kernels/lanes.h"
@@ -98,6 +99,34 @@ void test_multiply_subtract() {
         static_cast<T>(sizeof(T) == 4 ? double(a) * double(b) - double(c) : std::fma(double(a), double(b), -double(c)));
     CHECK(multiply_subtract(a, b, c) == exact);
     CHECK(multiply_subtract(NativePack<T>(a), NativePack<T>(b), NativePack<T>(c))[0] == exact);
+  }
+}
+
+// ---- Runs of neighbouring elements ----
+
+// Every length, from memory of just that length: as the sanitizers see, nothing beyond is touched.
+template <class T>
+void test_runs() {
+  constexpr int N = kLanesOf<T>;
+  for (int count = 0; count <= 3 * N + 1; ++count) {
+    std::vector<T> from[N], to[N];
+    const T* source[N];
+    T* target[N];
+    for (int lane = 0; lane < N; ++lane) {
+      for (int e = 0; e < count; ++e) from[lane].push_back(T(100 * lane + e));
+      to[lane].assign(static_cast<size_t>(count), T(-1));
+      source[lane] = from[lane].data();
+      target[lane] = to[lane].data();
+    }
+    std::vector<NativePack<T>> packs(static_cast<size_t>(count), T(-2));
+    gather_run(source, count, packs.data());
+    for (int e = 0; e < count; ++e)
+      for (int lane = 0; lane < N; ++lane) CHECK(packs[static_cast<size_t>(e)][lane] == T(100 * lane + e));
+    const int lanes = count % N + 1;
+    scatter_run(target, lanes, count, packs.data());
+    for (int lane = 0; lane < N; ++lane)
+      for (int e = 0; e < count; ++e)
+        CHECK(to[lane][static_cast<size_t>(e)] == (lane < lanes ? T(100 * lane + e) : T(-1)));
   }
 }
 
@@ -231,6 +260,8 @@ void test_lanes() {
   test_words<double>();
   test_multiply_subtract<float>();
   test_multiply_subtract<double>();
+  test_runs<float>();
+  test_runs<double>();
   test_svd3<float>();
   test_svd3<double>();
 }
