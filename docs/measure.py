@@ -25,6 +25,7 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent / "tests"))
 
 import rigs  # noqa: E402
+import scenes  # noqa: E402
 
 from tritool import _native, ops, reference  # noqa: E402
 
@@ -52,6 +53,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def spread(errors: Array) -> str:
     """Median, 99.9 % and largest."""
     finite = errors[np.isfinite(errors)]
+    if finite.size == 0:
+        return "none finite"
     values = (np.median(finite), np.percentile(finite, 99.9), finite.max())
     text = " / ".join(f"{value:.1e}" for value in values)
     lost = errors.size - finite.size
@@ -222,6 +225,95 @@ def determinacy(count: int) -> str:
     return table(["points", "sqrt(s_3 / s_1)"], lines)
 
 
+# ---- Rigid alignment ----
+
+# What is aligned, mirrored or not, and its noise, mm. Sizes are those of a person.
+ALIGNMENTS: list[tuple[str, str, bool, float]] = [
+    ("cloud", "cloud", False, 20.0),
+    ("cloud, no noise", "cloud", False, 0.0),
+    ("cloud, mirrored", "cloud", True, 20.0),
+    ("flat", "planar", False, 20.0),
+    ("close to a line", "nearly collinear", False, 1.0),
+    ("cube onto itself", "cube", False, 0.0),
+]
+
+
+def align_by_svd(
+    source: torch.Tensor, target: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotation, translation and scale by the library's singular value decomposition."""
+    share = (weights / weights.sum(-1, keepdim=True))[..., None]
+    source_mean, target_mean = ((share * p).sum(-2, keepdim=True) for p in (source, target))
+    x, y = source - source_mean, target - target_mean
+    u, s, vt = torch.linalg.svd((share * y).mT @ x)
+    sign = torch.linalg.det(u @ vt)
+    signs = torch.stack([torch.ones_like(sign), torch.ones_like(sign), sign], -1)
+    rotation = (u * signs[..., None, :]) @ vt
+    scale = (s * signs).sum(-1) / (share * x * x).sum((-2, -1))
+    moved = (rotation @ source_mean.mT).squeeze(-1)
+    return rotation, target_mean.squeeze(-2) - scale[..., None] * moved, scale
+
+
+def aligned(kind: str, reflect: bool, noise: float, count: int) -> list[torch.Tensor]:
+    """Sources, targets and weights in float32."""
+    rng = np.random.default_rng(0)
+    sets = scenes.point_sets(
+        kind, rng, batch=(count,), noise=noise, reflect=reflect, scaled=True, weights="uniform"
+    )
+    weights = np.ones_like(sets.weights) if kind == "cube" else sets.weights
+    return single(sets.source, sets.target, weights)
+
+
+def alignment_errors(count: int) -> str:
+    """Largest error of an entry of R, and of an aligned point in mm."""
+    lines = []
+    for label, kind, reflect, noise in ALIGNMENTS:
+        inputs = aligned(kind, reflect, noise, count)
+        exact_inputs = double(*inputs)
+        exact = reference.rigid_align(*exact_inputs, with_scale=True)
+
+        def move(transform: Any, points: Array = exact_inputs[0]) -> Array:
+            r, t, s = (np.asarray(part, dtype=np.float64) for part in transform)
+            return s[:, None, None] * np.einsum("nij,npj->npi", r, points) + t[:, None]
+
+        cells = []
+        for found in (ops.rigid_align(*inputs, with_scale=True), align_by_svd(*inputs)):
+            error = np.abs(found[0].numpy() - exact.rotation).max((-2, -1))
+            distances = np.linalg.norm(move(found) - move(exact), axis=-1).max(-1)
+            cells += [spread(error), spread(distances)]
+        lines.append([label, *cells])
+    head = [f"{way}, {what}" for way in ("tritool", "svd") for what in ("R", "points, mm")]
+    return table(["points", *head], lines)
+
+
+def alignment_gradient_errors(count: int) -> str:
+    """Relative error of the gradients, against the norm of each set's own gradient."""
+    lines = []
+    for label, kind, reflect, noise in ALIGNMENTS:
+        inputs = aligned(kind, reflect, noise, count)
+        rng = np.random.default_rng(1)
+        shapes = ((count, 3, 3), (count, 3), (count,))
+        sizes = (500.0, 1.0, 500.0)  # as of a loss on points some 500 mm from their mean
+        grads = single(*(g * rng.standard_normal(s) for g, s in zip(sizes, shapes, strict=True)))
+        exact = reference.rigid_align_vjp(tuple(double(*grads)), *double(*inputs), with_scale=True)
+        leaves = [x.requires_grad_() for x in inputs]
+        kept = (0, 1, 2) if noise else (0, 1)  # exact data do not move with the weights
+        cells = []
+        for outputs in (ops.rigid_align(*leaves, with_scale=True), align_by_svd(*leaves)):
+            pulled = torch.autograd.grad(list(outputs), leaves, grads)
+            errors = []
+            for n in kept:
+                flat = np.asarray(exact[n]).reshape(count, -1)
+                found = pulled[n].numpy().reshape(count, -1)
+                errors.append(distance(found, flat) / np.linalg.norm(flat, axis=-1))
+            points = np.stack(errors[:2])
+            worst = np.where(np.isfinite(points).all(0), points.max(0), np.nan)
+            cells += [spread(worst), spread(errors[2]) if noise else ""]
+        lines.append([label, *cells])
+    head = [f"{way}, to {what}" for way in ("tritool", "svd") for what in ("points", "weights")]
+    return table(["points", *head], lines)
+
+
 # ---- Soft-argmax ----
 
 
@@ -293,6 +385,8 @@ TABLES: dict[str, tuple[str, Callable[[int], str], int]] = {
     "constraint": ("ops/triangulate.md", constraint_errors, 5000),
     "gradient": ("ops/triangulate.md", gradient_errors, 3000),
     "determinacy": ("ops/triangulate.md", determinacy, 5000),
+    "alignment": ("ops/rigid_align.md", alignment_errors, 20000),
+    "alignment-gradient": ("ops/rigid_align.md", alignment_gradient_errors, 20000),
     "mean": ("ops/soft_argmax.md", mean_errors, 96),
 }
 

@@ -198,6 +198,51 @@ def _unproject(aggregation: str, outside: str, weighted: bool = True) -> Callabl
     return function
 
 
+def _point_sets(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Source and target [batch, 5, 3], a noisy motion apart, weights [batch, 5]."""
+    source = _randn(batch, 5, 3, seed=8)
+    rotation = torch.linalg.qr(_randn(batch, 3, 3, seed=9))[0]
+    rotation = rotation * torch.linalg.det(rotation)[..., None, None]
+    target = 1.3 * source @ rotation.mT + _randn(batch, 1, 3, seed=10)
+    target = target + 0.2 * _randn(batch, 5, 3, seed=11)
+    weights = 0.5 + torch.rand(batch, 5, generator=_generator(12), dtype=torch.float64)
+    return source, target, weights
+
+
+def _cubes(batch: int) -> tuple[Tensor, Tensor]:
+    """A cube and itself, moved: M has three equal singular values, and others two."""
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 3)
+    source = corners * torch.linspace(1, 1.5, batch, dtype=torch.float64)[:, None, None]
+    rotation = torch.linalg.qr(_randn(batch, 3, 3, seed=13))[0]
+    rotation = rotation * torch.linalg.det(rotation)[..., None, None]
+    return source, source @ rotation.mT + _randn(batch, 1, 3, seed=14)
+
+
+def _rigid_align_raw(with_scale: bool) -> dict[str, Callable[..., tuple[Any, ...]]]:
+    def grads(source: Tensor) -> list[Tensor]:
+        sizes = ((3, 3), (3,), ())
+        return [
+            torch.ones(len(source), *size, dtype=source.dtype, device=source.device).cos()
+            .requires_grad_() for size in sizes
+        ]  # fmt: skip
+
+    def backward(source: Tensor, target: Tensor, weights: Tensor) -> tuple[Any, ...]:
+        return *grads(source), source, target, weights, with_scale, True, True, True
+
+    def backward_some(source: Tensor, target: Tensor, weights: Tensor) -> tuple[Any, ...]:
+        _, grad_translation, _ = grads(source)
+        return None, grad_translation, None, source, target, None, with_scale, True, False, False
+
+    return {
+        "rigid_align": lambda *args: (*args, with_scale),
+        "rigid_align/unweighted": lambda source, target, weights: (
+            source, target, None, with_scale,
+        ),
+        "rigid_align_backward": backward,
+        "rigid_align_backward/some": backward_some,
+    }  # fmt: skip
+
+
 CASES = [
     OpCase(
         "triangulate",
@@ -304,5 +349,27 @@ CASES = [
             "soft_argmax25d": lambda heatmaps, depth_maps: (heatmaps, depth_maps, 1.3),
             "soft_argmax25d_backward": _soft_argmax25d_backward,
         },
+    ),
+    OpCase(
+        "rigid_align",
+        lambda *args: tuple(ops.rigid_align(*args))[:2],
+        _point_sets,
+        _rigid_align_raw(False),
+    ),
+    OpCase(
+        "rigid_align-scale",
+        lambda *args: tuple(ops.rigid_align(*args, with_scale=True)),
+        _point_sets,
+        _rigid_align_raw(True),
+    ),
+    OpCase(
+        "rigid_align-equal-singular-values",
+        lambda source, target: tuple(ops.rigid_align(source, target, with_scale=True)),
+        _cubes,
+    ),
+    OpCase(
+        "rigid_align-apply",
+        lambda source, target: ops.rigid_align(source, target).apply(source),
+        lambda batch: _point_sets(batch)[:2],
     ),
 ]

@@ -51,6 +51,14 @@ class Moments(NamedTuple):
     partition: Array
 
 
+class Alignment(NamedTuple):
+    """What `rigid_align` returns."""
+
+    rotation: Array
+    translation: Array
+    scale: Array
+
+
 @dataclass(frozen=True)
 class Kernels:
     """One backend in one dtype; arguments are converted, strides kept where they need not be."""
@@ -156,6 +164,33 @@ class Kernels:
             "official": scene.sampling == "official",
         }
         return [features, *self.cast(projections, places, confidences)], options
+
+    def rigid_align(
+        self,
+        source: Array,
+        target: Array,
+        weights: Array | None = None,
+        *,
+        with_scale: bool = False,
+    ) -> Alignment:
+        arguments = self.cast(source, target, weights)
+        return Alignment(*bridge.rigid_align(self._handle, *arguments, with_scale=with_scale))
+
+    def rigid_align_vjp(
+        self,
+        grads: tuple[Array | None, Array | None, Array | None],
+        source: Array,
+        target: Array,
+        weights: Array | None = None,
+        *,
+        with_scale: bool = False,
+        **want: bool,
+    ) -> tuple[Array, Array, Array]:
+        arguments = self.cast(*grads, source, target, weights)
+        gradients: tuple[Array, Array, Array] = bridge.rigid_align_backward(
+            self._handle, *arguments, with_scale=with_scale, **want
+        )
+        return gradients
 
     def moments(self, logits: Array, dims: int, alpha: float = 1.0) -> Moments:
         if not _is_half(logits):

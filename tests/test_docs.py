@@ -28,6 +28,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 DOCTESTED = (
     "tritool.ops.project",
+    "tritool.ops.rigid_align",
     "tritool.ops.soft_argmax",
     "tritool.ops.soft_argmax25d",
     "tritool.ops.triangulate",

@@ -202,10 +202,14 @@ def test_board_distances_follow_any_motion() -> None:
     assert board_distances(moved, board).max() < 1e-9
     moved[0, 2] += 10 * rotations[0, :, 2]
     moved[1, :9] = np.nan
+    moved[2, [1, 2, 4, 5, 7, 8, 10, 11]] = np.nan
+    moved[3, 4, 1] = np.inf
     distances = board_distances(moved, board)
     # A lever of twelve points takes up part of the blow, but not most of it.
     assert 5 < distances[0, 2] < 10
-    assert np.isnan(distances[1]).all()
+    assert np.isnan(distances[1:3]).all()  # three points, four on a line
+    assert np.isnan(distances[3]).tolist() == [j == 4 for j in range(12)]
+    assert np.nanmax(distances[3:]) < 1e-9
 
 
 @pytest.mark.parametrize(

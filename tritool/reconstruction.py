@@ -14,7 +14,7 @@ import torch
 
 from tritool.cameras import Cameras
 from tritool.data.recording import Array, Reconstruction, Recording, Status
-from tritool.ops import triangulate
+from tritool.ops import rigid_align, triangulate
 
 Mode = Literal["homogeneous", "inhomogeneous"]
 Weighting = Literal["confidence", "none"]
@@ -261,21 +261,12 @@ def board_distances(points: Array, board: Array) -> Array:
         board: [J, 3] the same points in the board's frame, same unit.
 
     Returns:
-        [..., J] distances; NaN for missing points, and for sets of fewer than four points.
-
-    Source:
-        Kabsch, "A solution for the best rotation to relate two sets of vectors", Acta
-        Crystallographica A32 (1976).
+        [..., J] distances; NaN for missing points, and for sets of fewer than four points or of
+        points that are all on a line.
     """
-    distances = np.full(points.shape[:-1], np.nan)
-    for at in np.ndindex(points.shape[:-2]):
-        found = np.isfinite(points[at]).all(axis=-1)
-        if found.sum() < MIN_BOARD_POINTS:
-            continue
-        source, target = board[found], points[at][found]
-        source, target = source - source.mean(axis=0), target - target.mean(axis=0)
-        u, _, vt = np.linalg.svd(target.T @ source)
-        # A flat board can be laid on by a reflection just as well; only a rotation is a motion.
-        u[:, -1] *= np.sign(np.linalg.det(u @ vt))
-        distances[(*at, found)] = np.linalg.norm(target - source @ (u @ vt).T, axis=-1)
-    return distances
+    found = np.isfinite(points).all(axis=-1)
+    enough = found.sum(axis=-1) >= MIN_BOARD_POINTS
+    target = torch.from_numpy(np.where((found & enough[..., None])[..., None], points, np.nan))
+    source = torch.from_numpy(board)
+    moved = rigid_align(source, target).apply(source)
+    return np.asarray(torch.linalg.vector_norm(moved - target, dim=-1))

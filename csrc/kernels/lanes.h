@@ -2,7 +2,10 @@
 // The SIMD width of the variant being compiled, and moving numbers between memory and lanes.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <utility>
 
 #include "kernels/batch.h"
 #include "math/pack.h"
@@ -34,6 +37,71 @@ TRITOOL_HD Pack<T, N> gather(const T* const (&base)[N], int64_t offset) {
 template <class T, int N>
 TRITOOL_HD Pack<T, N> gather_shared(const T* const (&base)[N], bool same, int64_t offset) {
   return same ? Pack<T, N>(base[0][offset]) : gather(base, offset);
+}
+
+// One step of a transposition: lanes whose number has the bit S change places between two vectors. After the steps of
+// all powers of two below N, lane i of vector j is what lane j of vector i was.
+template <int S, class Vector, class Integers, size_t... kLane>
+TRITOOL_HD void exchange(Vector& a, Vector& b, std::index_sequence<kLane...>) {
+  constexpr size_t N = sizeof...(kLane);
+#if defined(__clang__)
+  const Vector low = __builtin_shufflevector(a, b, ((kLane & S) != 0 ? N + kLane - S : kLane)...);
+  const Vector high = __builtin_shufflevector(a, b, ((kLane & S) != 0 ? N + kLane : kLane + S)...);
+#else
+  const Vector low = __builtin_shuffle(a, b, Integers{((kLane & S) != 0 ? N + kLane - S : kLane)...});
+  const Vector high = __builtin_shuffle(a, b, Integers{((kLane & S) != 0 ? N + kLane : kLane + S)...});
+#endif
+  a = low;
+  b = high;
+}
+template <int S, class T, int N>
+TRITOOL_HD void transpose_steps(Pack<T, N> (&square)[N]) {
+  if constexpr (S < N) {
+    for (int i = 0; i < N; ++i)
+      if ((i & S) == 0)
+        exchange<S, typename Pack<T, N>::Vector, typename PackMask<T, N>::Vector>(square[i].v, square[i + S].v,
+                                                                                  std::make_index_sequence<N>());
+    transpose_steps<2 * S>(square);
+  }
+}
+template <class T, int N>
+TRITOOL_HD void transpose(Pack<T, N> (&square)[N]) {
+  transpose_steps<1>(square);
+}
+
+// The first `count` elements at each of several places, a pack for each element: `gather` for 0 .. count-1, with whole
+// vectors read and turned over. Touches no element beyond.
+template <class T, int N>
+TRITOOL_HD void gather_run(const T* const (&base)[N], int64_t count, Pack<T, N>* result) {
+  if (count < N) {
+    for (int64_t e = 0; e < count; ++e) result[e] = gather(base, e);
+    return;
+  }
+  for (int64_t first = 0; first < count; first += N) {
+    const int64_t at = first + N <= count ? first : count - N;  // the last block may repeat some elements
+    Pack<T, N> square[N];
+    for (int lane = 0; lane < N; ++lane) memcpy(&square[lane].v, base[lane] + at, sizeof square[lane].v);
+    transpose(square);
+    for (int e = 0; e < N; ++e) result[at + e] = square[e];
+  }
+}
+
+// The reverse: lane by lane to the first `lanes` places.
+template <class T, int N>
+TRITOOL_HD void scatter_run(T* const (&base)[N], int lanes, int64_t count, const Pack<T, N>* values) {
+  if (count < N) {
+    for (int lane = 0; lane < lanes; ++lane)
+      for (int64_t e = 0; e < count; ++e) base[lane][e] = values[e].v[lane];
+    return;
+  }
+  for (int64_t first = 0; first < count; first += N) {
+    const int64_t at = first + N <= count ? first : count - N;
+    Pack<T, N> square[N];
+    for (int e = 0; e < N; ++e) square[e] = values[at + e];
+    transpose(square);
+    for (int lane = 0; lane < N; ++lane)
+      if (lane < lanes) memcpy(base[lane] + at, &square[lane].v, sizeof square[lane].v);
+  }
 }
 
 // The operands' offsets of the items first .. end-1, as many as there are lanes; lanes past the last item repeat it.

@@ -241,6 +241,83 @@ void test_project(const GeometryCase& shape, bool strided) {
   }
 }
 
+// ---- Rigid alignment ----
+
+struct AlignmentCase {
+  Sizes batch;
+  int64_t points;
+};
+
+// Partial warps and lanes; sets that the CPU keeps in its cache and larger ones; sums in one group and in several.
+const std::vector<AlignmentCase> kAlignmentCases{
+    {{}, 4},    {{1}, 17}, {{33}, 5},   {{70}, 17}, {{3, 37}, 8}, {{2, 3, 5}, 32}, {{19}, 33},
+    {{5}, 100}, {{0}, 3},  {{5, 0}, 4}, {{40}, 0},  {{40}, 1},    {{40}, 2},
+};
+
+template <class T>
+void test_rigid_align(const AlignmentCase& shape, bool strided, bool weighted, bool with_scale) {
+  const int64_t points = shape.points;
+  std::vector<int> reversed_order;
+  for (int d = static_cast<int>(shape.batch.size()) + 1; d >= 0; --d) reversed_order.push_back(d);
+  const Sizes size = with(shape.batch, {points, 3});
+  const auto source = Owned<T>(size, strided ? reversed_order : std::vector<int>{}, strided ? 3 : 1)
+                          .filled([&](int64_t index) {  // some absent points, some that spoil their set
+                            return index % 97 == 41 ? NAN : index % 401 == 60 ? HUGE_VAL : 300 * normal();
+                          });
+  auto target = Owned<T>(size, {}, strided ? 2 : 1);
+  for (int64_t index = 0; index < target.count(); ++index) {  // a cyclic exchange of the axes, disturbed
+    const int64_t axis = index % 3;
+    target[index] = T(1000 + 1.5 * double(source[index - axis + (axis + 1) % 3]) + 30 * normal());
+  }
+  auto weights = Owned<T>(with(shape.batch, {points}), {}, strided ? 2 : 1).filled([&](int64_t index) {
+    const int64_t kind = index % 53;
+    return kind == 5 ? 0.0 : kind == 17 ? NAN : kind == 33 ? -1.0 : uniform(0.1, 1);
+  });
+  if (!weighted) weights.array.data = nullptr;
+  const auto random = [&](const Sizes& of) { return Owned<T>(of).filled([&](int64_t) { return normal(); }); };
+  const auto grad_rotation = random(with(shape.batch, {3, 3})), grad_translation = random(with(shape.batch, {3})),
+             grad_scale = random(shape.batch);
+
+  Owned<T> first[6];
+  for (const Backend& backend : backends(0)) {
+    Owned<T> result[6] = {poisoned<T>(with(shape.batch, {3, 3})),
+                          poisoned<T>(with(shape.batch, {3})),
+                          poisoned<T>(shape.batch),
+                          poisoned<T>(size),
+                          poisoned<T>(size),
+                          poisoned<T>(with(shape.batch, {points}))};
+    testing::rigid_align<T>(backend, source.array, target.array, weights.array, with_scale,
+                            {result[0].array, result[1].array, result[2].array});
+    const auto backward = [&](const Array& a, const Array& b, const Array& c) {
+      testing::rigid_align_backward<T>(backend, {grad_rotation.array, grad_translation.array, grad_scale.array},
+                                       source.array, target.array, weights.array, with_scale, shape.batch, a, b,
+                                       weighted ? c : Array{});
+    };
+    backward(result[3].array, result[4].array, result[5].array);
+    auto alone = poisoned<T>(size);
+    backward({}, alone.array, {});
+    CHECK(close(result[4], alone, 8 * kRounding<T>));
+    for (size_t n = 0; n < 6; ++n) {
+      if (first[n].memory.empty())
+        first[n] = std::move(result[n]);
+      else if (n < 5 || weighted)
+        CHECK(close(first[n], result[n], 1e4 * kRounding<T>));
+    }
+  }
+}
+
+template <class T>
+void test_all_alignments() {
+  for (size_t n = 0; n < kAlignmentCases.size(); ++n) {
+    const int before = testing::failed;
+    for (const bool strided : {false, true}) {
+      test_rigid_align<T>(kAlignmentCases[n], strided, true, !strided);
+      test_rigid_align<T>(kAlignmentCases[n], strided, false, strided);
+    }
+    if (testing::failed != before) std::printf("  in: alignment case %zu\n", n);
+  }
+}
+
 // ---- Softmax moments ----
 
 struct MapCase {
@@ -402,5 +479,7 @@ int main() {
   test_all_maps<double>();
   test_all_maps<Float16>();
   test_all_maps<BFloat16>();
+  test_all_alignments<float>();
+  test_all_alignments<double>();
   return testing::report();
 }

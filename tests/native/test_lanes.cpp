@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <random>
+#include <vector>
 
 #include "check.h"
 #include "kernels/lanes.h"
@@ -101,6 +102,34 @@ void test_multiply_subtract() {
   }
 }
 
+// ---- Runs of neighbouring elements ----
+
+// Every length, from memory of just that length: as the sanitizers see, nothing beyond is touched.
+template <class T>
+void test_runs() {
+  constexpr int N = kLanesOf<T>;
+  for (int count = 0; count <= 3 * N + 1; ++count) {
+    std::vector<T> from[N], to[N];
+    const T* source[N];
+    T* target[N];
+    for (int lane = 0; lane < N; ++lane) {
+      for (int e = 0; e < count; ++e) from[lane].push_back(T(100 * lane + e));
+      to[lane].assign(static_cast<size_t>(count), T(-1));
+      source[lane] = from[lane].data();
+      target[lane] = to[lane].data();
+    }
+    std::vector<NativePack<T>> packs(static_cast<size_t>(count), T(-2));
+    gather_run(source, count, packs.data());
+    for (int e = 0; e < count; ++e)
+      for (int lane = 0; lane < N; ++lane) CHECK(packs[static_cast<size_t>(e)][lane] == T(100 * lane + e));
+    const int lanes = count % N + 1;
+    scatter_run(target, lanes, count, packs.data());
+    for (int lane = 0; lane < N; ++lane)
+      for (int e = 0; e < count; ++e)
+        CHECK(to[lane][static_cast<size_t>(e)] == (lane < lanes ? T(100 * lane + e) : T(-1)));
+  }
+}
+
 // ---- Singular values ----
 
 // Graded columns, nearly singular, equal singular values, ranks below 3, exact zeros.
@@ -135,11 +164,16 @@ void random_matrix(int trial, T (&a)[3][3]) {
 
 // Not inlined: two copies may be contracted to fused operations differently.
 template <class T>
-__attribute__((noinline)) RightSvd3<T> svd_of(const T (&a)[3][3]) {
-  T work[3][3];
+__attribute__((noinline)) RightSvd3<T> svd_of(const T (&a)[3][3], T (&work)[3][3]) {
   for (int i = 0; i < 3; ++i)
     for (int j = 0; j < 3; ++j) work[i][j] = a[i][j];
   return right_svd3(work);
+}
+
+template <class T>
+RightSvd3<T> svd_of(const T (&a)[3][3]) {
+  T work[3][3];
+  return svd_of(a, work);
 }
 
 // The accuracy of one-sided Jacobi: V orthogonal, and V S^2 V^T = A^T A to rounding of each pair of columns. For graded
@@ -147,13 +181,14 @@ __attribute__((noinline)) RightSvd3<T> svd_of(const T (&a)[3][3]) {
 template <class T>
 void test_svd3() {
   constexpr double kEps = std::numeric_limits<T>::epsilon();
-  double orthogonality = 0, reconstruction = 0;
+  double orthogonality = 0, reconstruction = 0, rotated = 0;
   for (int trial = 0; trial < 100000; ++trial) {
     T a[3][3], scaled[3][3];
     random_matrix(trial, a);
     for (int i = 0; i < 3; ++i)
       for (int j = 0; j < 3; ++j) scaled[i][j] = std::ldexp(a[i][j], 7);
-    const RightSvd3<T> svd = svd_of(a);
+    T columns[3][3];
+    const RightSvd3<T> svd = svd_of(a, columns);
     CHECK(svd.s_squared[2] <= svd.s_squared[0] && svd.s_squared[2] <= svd.s_squared[1] && svd.s_squared[2] >= 0);
 
     double norm[3];
@@ -171,6 +206,15 @@ void test_svd3() {
           reconstruction = std::max(reconstruction, std::abs(rebuilt - gram) / (norm[p] * norm[q]) / kEps);
         else
           CHECK(rebuilt == 0);
+      }
+
+    // What is left of A is A V, column for column.
+    const double size = std::hypot(std::hypot(norm[0], norm[1]), norm[2]);
+    for (int i = 0; i < 3 && size > 0; ++i)
+      for (int k = 0; k < 3; ++k) {
+        const double exact =
+            double(a[k][0]) * svd.v[0][i] + double(a[k][1]) * svd.v[1][i] + double(a[k][2]) * svd.v[2][i];
+        rotated = std::max(rotated, std::abs(columns[k][i] - exact) / size / kEps);
       }
 
     // A power of two on the whole matrix changes no rounding, unless a fourth power underflows.
@@ -199,6 +243,7 @@ void test_svd3() {
               int(8 * sizeof(T)), orthogonality, reconstruction);
   CHECK(orthogonality <= 20);
   CHECK(reconstruction <= 60);
+  CHECK(rotated <= 20);
 }
 
 }  // namespace
@@ -215,6 +260,8 @@ void test_lanes() {
   test_words<double>();
   test_multiply_subtract<float>();
   test_multiply_subtract<double>();
+  test_runs<float>();
+  test_runs<double>();
   test_svd3<float>();
   test_svd3<double>();
 }

@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
-#include <map>
 #include <random>
 #include <vector>
 
@@ -26,21 +25,12 @@
 namespace {
 
 using namespace tritool;
+using testing::agree;
 
 std::mt19937_64 generator(1);
 double normal() { return std::normal_distribution<double>()(generator); }
 double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(generator); }
 int integer(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
-
-// The largest relative disagreement of the two sides seen under a name, printed at the end.
-std::map<std::string, double> worst;
-
-// Compares <v, J u> with <J^T v, u>; `terms` is the sum of the latter's absolute terms.
-bool agree(const char* name, double jvp, double vjp, double terms, double bound) {
-  const double error = std::abs(jvp - vjp) / std::max(terms, 1e-300);
-  worst[name] = std::max(worst[name], std::isnan(error) ? HUGE_VAL : error);
-  return error <= bound;
-}
 
 // ---- Triangulation ----
 
@@ -541,6 +531,7 @@ int main() {
   test_triangulate_vjp();
   test_triangulate_degenerate();
   test_project_vjp();
+  testing::test_rigid_align();
   test_soft_argmax_vjp();
   test_expectation_vjp();
   test_values_that_fade();
@@ -549,7 +540,7 @@ int main() {
   test_half<Float16>(10);
   test_half<BFloat16>(7);
   test_batches();
-  for (const auto& [name, error] : worst)
+  for (const auto& [name, error] : testing::worst)
     std::printf("%-26s <v, J u> and <J^T v, u> agree to %.1e\n", name.c_str(), error);
   cpu::baseline::test_lanes();
 #if defined(TRITOOL_X86_VARIANTS)

@@ -2,6 +2,7 @@
 """The operations: batched, differentiable, on CPU and CUDA. Start reading at a function."""
 
 from tritool.ops.project import Project, project
+from tritool.ops.rigid_align import RigidAlign, RigidTransform, rigid_align
 from tritool.ops.soft_argmax import (
     Moments,
     SoftArgmax2d,
@@ -19,6 +20,8 @@ from tritool.ops.unproject import Unproject, unproject
 __all__ = [
     "Moments",
     "Project",
+    "RigidAlign",
+    "RigidTransform",
     "SoftArgmax2d",
     "SoftArgmax3d",
     "SoftArgmax25d",
@@ -26,6 +29,7 @@ __all__ = [
     "Triangulate",
     "Unproject",
     "project",
+    "rigid_align",
     "soft_argmax2d",
     "soft_argmax3d",
     "soft_argmax25d",

@@ -45,8 +45,9 @@ def trailing(
         for have, want in zip(tensor.shape[-len(sizes) :], sizes, strict=True)
     )
     if not fits:
-        views = f" with C = {sizes[0]} as in {of}" if of else ""
-        raise ValueError(f"{name} must be {pattern}{views}, got {tuple(tensor.shape)}")
+        letter = pattern.strip("[]").split(", ")[1]  # of the first of them: C views, N points
+        given = f" with {letter} = {sizes[0]} as in {of}" if of else ""
+        raise ValueError(f"{name} must be {pattern}{given}, got {tuple(tensor.shape)}")
 
 
 def exactly(

@@ -9,6 +9,11 @@ tritool.reference.
 from __future__ import annotations
 
 from tritool.ops.composite.project import project, project_backward, project_double_backward
+from tritool.ops.composite.rigid_align import (
+    rigid_align,
+    rigid_align_backward,
+    rigid_align_double_backward,
+)
 from tritool.ops.composite.soft_argmax import (
     accumulator_dtype,
     softmax_moments,
@@ -36,6 +41,9 @@ __all__ = [
     "project",
     "project_backward",
     "project_double_backward",
+    "rigid_align",
+    "rigid_align_backward",
+    "rigid_align_double_backward",
     "soft_argmax25d",
     "soft_argmax25d_backward",
     "soft_argmax25d_double_backward",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritool.ops.composite._solve3 import solve3
 from tritool.ops.composite._vjp import vjp
 
 __all__ = [
@@ -161,17 +162,5 @@ def _polish(
                 - level[..., None] * eye
                 - point[..., None] * (2 * equation / norm)[..., None, :]
             )
-        point = point - _solve3(jacobian, equation)
+        point = point - solve3(jacobian, equation)
     return torch.where(valid[..., None], point.to(points.dtype), torch.nan)
-
-
-def _solve3(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solves 3x3 systems by Cramer's rule: differentiable to any order, no library call to fail."""
-    scale = matrix.detach().abs().amax((-2, -1), keepdim=True).clamp_min(1e-300)
-    matrix, right = matrix / scale, right / scale[..., 0]
-    first, second, third = matrix.unbind(-1)
-    cross = torch.linalg.cross(second, third)
-    determinant = (first * cross).sum(-1, keepdim=True)
-    numerators = [cross, torch.linalg.cross(third, first), torch.linalg.cross(first, second)]
-    solution: Tensor = torch.stack([(right * n).sum(-1) for n in numerators], -1) / determinant
-    return solution
