@@ -49,7 +49,7 @@ TRITOOL_HD void jacobi_rotate(T (&a)[3][3], T (&v)[3][3], int p, int q) {
   }
 }
 
-// a is overwritten by U S.
+// a is overwritten by U S, whose columns stay those of v.
 template <class T>
 TRITOOL_HD RightSvd3<T> right_svd3(T (&a)[3][3]) {
   RightSvd3<T> svd;
@@ -67,9 +67,11 @@ TRITOOL_HD RightSvd3<T> right_svd3(T (&a)[3][3]) {
     svd.s_squared[i] = select(swap, svd.s_squared[2], s);
     svd.s_squared[2] = select(swap, s, svd.s_squared[2]);
     for (int k = 0; k < 3; ++k) {
-      const T x = svd.v[k][i];
+      const T x = svd.v[k][i], y = a[k][i];
       svd.v[k][i] = select(swap, svd.v[k][2], x);
       svd.v[k][2] = select(swap, x, svd.v[k][2]);
+      a[k][i] = select(swap, a[k][2], y);
+      a[k][2] = select(swap, y, a[k][2]);
     }
   }
   return svd;

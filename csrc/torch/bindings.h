@@ -25,6 +25,18 @@ Tensor project(const Tensor& points, const Tensor& projections);
 std::tuple<Tensor, Tensor> project_backward(const Tensor& grad, const Tensor& points, const Tensor& projections,
                                             bool want_points, bool want_projections);
 
+// source, target [batch, N, 3], weights [batch, N], all in the full batch
+// -> rotation [batch, 3, 3], translation [batch, 3], scale [batch]
+std::tuple<Tensor, Tensor, Tensor> rigid_align(const Tensor& source, const Tensor& target,
+                                               const std::optional<Tensor>& weights, bool with_scale);
+// -> gradients to source, target, weights in the full batch; empty [0] where not wanted
+std::tuple<Tensor, Tensor, Tensor> rigid_align_backward(const std::optional<Tensor>& grad_rotation,
+                                                        const std::optional<Tensor>& grad_translation,
+                                                        const std::optional<Tensor>& grad_scale, const Tensor& source,
+                                                        const Tensor& target, const std::optional<Tensor>& weights,
+                                                        bool with_scale, bool want_source, bool want_target,
+                                                        bool want_weights);
+
 // logits [batch, H, W] (dims = 2) or [batch, X, Y, Z] (dims = 3), any strides
 // -> mean [batch, dims], covariance [batch, dims, dims] or empty [0], log_partition [batch], partition [batch, 2]
 std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_moments(const Tensor& logits, int64_t dims,

@@ -55,6 +55,8 @@ void check_launch(int error, const char* op) {
   m.impl("triangulate_backward", TORCH_BOX(&tritool::triangulate_backward)); \
   m.impl("project", TORCH_BOX(&tritool::project));                           \
   m.impl("project_backward", TORCH_BOX(&tritool::project_backward));         \
+  m.impl("rigid_align", TORCH_BOX(&tritool::rigid_align));                   \
+  m.impl("rigid_align_backward", TORCH_BOX(&tritool::rigid_align_backward)); \
   m.impl("softmax_moments", TORCH_BOX(&tritool::softmax_moments));           \
   m.impl("softmax_moments_backward", TORCH_BOX(&tritool::softmax_moments_backward))
 

@@ -192,6 +192,54 @@ py::object project_backward(const Backend& backend, const py::array& grad, const
   });
 }
 
+Sizes batch_of_points(const Array& source, const Array& target, const Array& weights) {
+  testing::check_trailing(source, "source", {-1, 3});
+  testing::check_trailing(target, "target", {source.size_at(2), 3});
+  const Sizes batch = testing::broadcast(testing::batch_of(source, 2), testing::batch_of(target, 2));
+  if (weights.data == nullptr) return batch;
+  testing::check_trailing(weights, "weights", {source.size_at(2)});
+  return testing::broadcast(batch, testing::batch_of(weights, 1));
+}
+
+// (rotation, translation, scale)
+py::object rigid_align(const Backend& backend, const py::array& source, const py::array& target, const Operand& weights,
+                       bool with_scale) {
+  return dispatch_real(source, [&](auto real) -> py::object {
+    using T = decltype(real);
+    const Array x = operand<T>(source, "source"), y = operand<T>(target, "target"), w = operand<T>(weights, "weights");
+    const Sizes batch = batch_of_points(x, y, w);
+    const py::array rotation = new_array<T>(batch, {3, 3}), translation = new_array<T>(batch, {3}),
+                    scale = new_array<T>(batch);
+    testing::rigid_align<T>(
+        backend, x, y, w, with_scale,
+        {operand<T>(rotation, "rotation"), operand<T>(translation, "translation"), operand<T>(scale, "scale")});
+    return py::make_tuple(rotation, translation, scale);
+  });
+}
+
+// Gradients to source, target and weights in the batch of all arguments; None if not wanted.
+py::object rigid_align_backward(const Backend& backend, const Operand& grad_rotation, const Operand& grad_translation,
+                                const Operand& grad_scale, const py::array& source, const py::array& target,
+                                const Operand& weights, bool with_scale, bool want_source, bool want_target,
+                                bool want_weights) {
+  return dispatch_real(source, [&](auto real) -> py::object {
+    using T = decltype(real);
+    const Array x = operand<T>(source, "source"), y = operand<T>(target, "target"), w = operand<T>(weights, "weights");
+    const Sizes batch = batch_of_points(x, y, w);
+    const int64_t points = x.size_at(2);
+    const Operand grad_source = new_array_if<T>(want_source, batch, {points, 3});
+    const Operand grad_target = new_array_if<T>(want_target, batch, {points, 3});
+    const Operand grad_weights = new_array_if<T>(want_weights && weights.has_value(), batch, {points});
+    testing::rigid_align_backward<T>(
+        backend,
+        {operand<T>(grad_rotation, "grad_rotation"), operand<T>(grad_translation, "grad_translation"),
+         operand<T>(grad_scale, "grad_scale")},
+        x, y, w, with_scale, batch, operand<T>(grad_source, "grad_source"), operand<T>(grad_target, "grad_target"),
+        operand<T>(grad_weights, "grad_weights"));
+    return py::make_tuple(grad_source, grad_target, grad_weights);
+  });
+}
+
 void check_maps(const py::array& logits, int dims) {
   if ((dims != 2 && dims != 3) || logits.ndim() < dims)
     throw py::value_error("dims must be 2 or 3, and logits [..., H, W] or [..., X, Y, Z]");
@@ -274,6 +322,12 @@ PYBIND11_MODULE(tritool_bridge, m) {
   m.def("project", &project, py::arg("backend"), py::arg("points"), py::arg("projections"));
   m.def("project_backward", &project_backward, py::arg("backend"), py::arg("grad"), py::arg("points"),
         py::arg("projections"), py::kw_only(), py::arg("want_points") = true, py::arg("want_projections") = true);
+  m.def("rigid_align", &rigid_align, py::arg("backend"), py::arg("source"), py::arg("target"),
+        py::arg("weights") = py::none(), py::kw_only(), py::arg("with_scale") = false);
+  m.def("rigid_align_backward", &rigid_align_backward, py::arg("backend"), py::arg("grad_rotation"),
+        py::arg("grad_translation"), py::arg("grad_scale"), py::arg("source"), py::arg("target"),
+        py::arg("weights") = py::none(), py::kw_only(), py::arg("with_scale") = false, py::arg("want_source") = true,
+        py::arg("want_target") = true, py::arg("want_weights") = true);
   m.def("softmax_moments", &softmax_moments, py::arg("backend"), py::arg("logits"), py::kw_only(), py::arg("dims"),
         py::arg("inverse_temperature") = 1.0, py::arg("with_covariance") = true);
   m.def("softmax_moments_backward", &softmax_moments_backward, py::arg("backend"), py::arg("grad_mean"),

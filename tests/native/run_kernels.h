@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/project.h"
+#include "kernels/rigid_align.h"
 #include "kernels/soft_argmax.h"
 #include "kernels/triangulate.h"
 
@@ -263,6 +264,86 @@ void project_backward(const Backend& backend, const Array& grad, const Array& po
   params.partial_sums = partial_sums.data();
   if (backend.emulated_cuda) return check_launch(cuda::project_backward(params, plan, nullptr));
   run_shared_sum(backend, params, plan, TRITOOL_KERNELS_OF(backend.isa, project_kernels, T));
+}
+
+// ---- Rigid alignment ----
+
+template <class Params>
+void set_points(Params& params, const Array& source, const Array& target, const Array& weights, bool with_scale) {
+  check_trailing(source, "source", {-1, 3});
+  params.points = static_cast<int>(source.size_at(2));
+  check_trailing(target, "target", {params.points, 3});
+  if (weights.data != nullptr) check_trailing(weights, "weights", {params.points});
+  for (int d = 0; d < 2; ++d) {
+    params.source_stride[d] = source.stride_at(2 - d);
+    params.target_stride[d] = target.stride_at(2 - d);
+  }
+  params.weights_stride = weights.data != nullptr ? weights.stride_at(1) : 0;
+  params.with_scale = with_scale;
+}
+
+// The three results of an alignment, or their gradients: contiguous as results; absent gradients count as zero.
+struct Alignment {
+  Array rotation, translation, scale;
+};
+
+template <class T>
+void rigid_align(const Backend& backend, const Array& source, const Array& target, const Array& weights,
+                 bool with_scale, const Alignment& result) {
+  RigidAlignParams<T> params{};
+  params.source = source.as<T>();
+  params.target = target.as<T>();
+  params.weights = weights.as<T>();
+  params.rotation = result.rotation.as<T>();
+  params.translation = result.translation.as<T>();
+  params.scale = result.scale.as<T>();
+  set_points(params, source, target, weights, with_scale);
+  set_batch(params.batch, result.scale.size,
+            {{source, 2}, {target, 2}, {weights, 1}, {result.rotation, 2}, {result.translation, 1}, {result.scale, 0}});
+  if (backend.emulated_cuda) return check_launch(cuda::rigid_align(params, nullptr));
+  const auto& kernels = TRITOOL_KERNELS_OF(backend.isa, rigid_align_kernels, T);
+  in_threads(backend.threads, params.batch.count,
+             [&](int64_t begin, int64_t end) { kernels.forward(params, begin, end); });
+}
+
+// Gradients: contiguous, in the batch of all operands.
+template <class T>
+void rigid_align_backward(const Backend& backend, const Alignment& grad, const Array& source, const Array& target,
+                          const Array& weights, bool with_scale, const Sizes& batch, const Array& grad_source,
+                          const Array& grad_target, const Array& grad_weights) {
+  RigidAlignBackwardParams<T> params{};
+  params.grad_rotation = grad.rotation.as<T>();
+  params.grad_translation = grad.translation.as<T>();
+  params.grad_scale = grad.scale.as<T>();
+  params.source = source.as<T>();
+  params.target = target.as<T>();
+  params.weights = weights.as<T>();
+  params.grad_source = grad_source.as<T>();
+  params.grad_target = grad_target.as<T>();
+  params.grad_weights = grad_weights.as<T>();
+  set_points(params, source, target, weights, with_scale);
+  if (grad.rotation.data != nullptr) {
+    check_trailing(grad.rotation, "grad_rotation", {3, 3});
+    for (int d = 0; d < 2; ++d) params.grad_rotation_stride[d] = grad.rotation.stride_at(2 - d);
+  }
+  if (grad.translation.data != nullptr) {
+    check_trailing(grad.translation, "grad_translation", {3});
+    params.grad_translation_stride = grad.translation.stride_at(1);
+  }
+  set_batch(params.batch, batch,
+            {{grad.rotation, 2},
+             {grad.translation, 1},
+             {grad.scale, 0},
+             {source, 2},
+             {target, 2},
+             {weights, 1},
+             {grad_source, 2},
+             {grad_target, 2},
+             {grad_weights, 1}});
+  if (backend.emulated_cuda) return check_launch(cuda::rigid_align_backward(params, nullptr));
+  const auto& kernels = TRITOOL_KERNELS_OF(backend.isa, rigid_align_kernels, T);
+  in_threads(backend.threads, params.batch.count,
+             [&](int64_t begin, int64_t end) { kernels.backward(params, begin, end); });
 }
 
 // ---- Softmax moments ----

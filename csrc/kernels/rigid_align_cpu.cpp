@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+// One SIMD lane per set of points: the formulas of math/rigid_align.h on 4, 8 or 16 sets at once.
+#include "kernels/lanes.h"
+#include "kernels/rigid_align.h"
+#include "math/rigid_align.h"
+
+namespace tritool {
+namespace cpu {
+namespace TRITOOL_ISA {
+namespace {
+
+// The points of one group of neighbouring sets, gathered into lanes. Lanes past the last set repeat it.
+template <class T, int N>
+struct LanePoints {
+  int count;
+  bool weighted;
+  const T* source[N];
+  const T* target[N];
+  const T* weights[N];
+  const int64_t* source_stride;
+  const int64_t* target_stride;
+  int64_t weights_stride;
+  bool same_source, same_target;
+
+  template <class Params>
+  TRITOOL_HD LanePoints(const Params& params, const int64_t (&offset)[N][Params::kOperands])
+      : count(params.points),
+        weighted(params.weights != nullptr),
+        source_stride(params.source_stride),
+        target_stride(params.target_stride),
+        weights_stride(params.weights_stride),
+        same_source(true),
+        same_target(true) {
+    for (int lane = 0; lane < N; ++lane) {
+      source[lane] = params.source + offset[lane][Params::kSource];
+      target[lane] = params.target + offset[lane][Params::kTarget];
+      weights[lane] = weighted ? params.weights + offset[lane][Params::kWeights] : nullptr;
+      same_source = same_source && source[lane] == source[0];
+      same_target = same_target && target[lane] == target[0];
+    }
+  }
+
+  TRITOOL_HD Correspondence<Pack<T, N>> operator()(int n) const {
+    Correspondence<Pack<T, N>> point;
+    for (int k = 0; k < 3; ++k) {
+      point.source[k] = gather_shared(source, same_source, n * source_stride[0] + k * source_stride[1]);
+      point.target[k] = gather_shared(target, same_target, n * target_stride[0] + k * target_stride[1]);
+    }
+    point.weight = weighted ? gather(weights, n * weights_stride) : Pack<T, N>(T(1));
+    return point;
+  }
+};
+
+// The formulas pass over the points three times. Sets of up to this size are gathered once and kept in the first cache.
+constexpr int kMostStaged = 32;
+
+template <class T, int N>
+struct StagedPoints {
+  int count;
+  bool weighted;
+  Correspondence<Pack<T, N>> point[kMostStaged];
+
+  TRITOOL_HD explicit StagedPoints(const LanePoints<T, N>& points) : count(points.count), weighted(points.weighted) {
+    for (int n = 0; n < count; ++n) point[n] = points(n);
+  }
+  TRITOOL_HD const Correspondence<Pack<T, N>>& operator()(int n) const { return point[n]; }
+};
+
+template <class T>
+void forward(const RigidAlignParams<T>& params, int64_t begin, int64_t end) {
+  using Params = RigidAlignParams<T>;
+  constexpr int N = kLanesOf<T>;
+  using P = Pack<T, N>;
+  for (int64_t first = begin; first < end; first += N) {
+    int64_t offset[N][Params::kOperands];
+    const int lanes = lane_offsets<N>(params.batch, first, end, offset);
+    const LanePoints<T, N> points(params, offset);
+    P rotation[3][3], translation[3], scale;
+    if (points.count <= kMostStaged)
+      rigid_align_points<P>(StagedPoints<T, N>(points), params.with_scale, rotation, translation, scale);
+    else
+      rigid_align_points<P>(points, params.with_scale, rotation, translation, scale);
+    for (int lane = 0; lane < lanes; ++lane) {
+      T* const rotations = params.rotation + offset[lane][Params::kRotation];
+      T* const translations = params.translation + offset[lane][Params::kTranslation];
+      for (int i = 0; i < 3; ++i) {
+        for (int j = 0; j < 3; ++j) rotations[3 * i + j] = rotation[i][j].v[lane];
+        translations[i] = translation[i].v[lane];
+      }
+      params.scale[offset[lane][Params::kScale]] = scale.v[lane];
+    }
+  }
+}
+
+template <class T, int N>
+struct LaneSink {
+  const RigidAlignBackwardParams<T>& params;
+  const int64_t (&offset)[N][RigidAlignBackwardParams<T>::kOperands];
+  int lanes;
+
+  void operator()(int n, const CorrespondenceGradient<Pack<T, N>>& gradient) {
+    using Params = RigidAlignBackwardParams<T>;
+    for (int lane = 0; lane < lanes; ++lane) {
+      for (int k = 0; k < 3; ++k) {
+        if (params.grad_source != nullptr)
+          params.grad_source[offset[lane][Params::kGradSource] + 3 * n + k] = gradient.source[k].v[lane];
+        if (params.grad_target != nullptr)
+          params.grad_target[offset[lane][Params::kGradTarget] + 3 * n + k] = gradient.target[k].v[lane];
+      }
+      if (params.grad_weights != nullptr)
+        params.grad_weights[offset[lane][Params::kGradWeights] + n] = gradient.weight.v[lane];
+    }
+  }
+};
+
+template <class T, int N>
+TRITOOL_HD Pack<T, N> gather_or_zero(const T* const (&base)[N], int64_t offset) {
+  return base[0] == nullptr ? Pack<T, N>(T(0)) : gather(base, offset);
+}
+
+template <class T>
+void backward(const RigidAlignBackwardParams<T>& params, int64_t begin, int64_t end) {
+  using Params = RigidAlignBackwardParams<T>;
+  constexpr int N = kLanesOf<T>;
+  using P = Pack<T, N>;
+  for (int64_t first = begin; first < end; first += N) {
+    int64_t offset[N][Params::kOperands];
+    const int lanes = lane_offsets<N>(params.batch, first, end, offset);
+    const T *rotations[N], *translations[N], *scales[N];
+    for (int lane = 0; lane < N; ++lane) {
+      const auto at = [&](const T* base, int operand) {
+        return base == nullptr ? nullptr : base + offset[lane][operand];
+      };
+      rotations[lane] = at(params.grad_rotation, Params::kGradRotation);
+      translations[lane] = at(params.grad_translation, Params::kGradTranslation);
+      scales[lane] = at(params.grad_scale, Params::kGradScale);
+    }
+    P grad_rotation[3][3], grad_translation[3];
+    for (int i = 0; i < 3; ++i) {
+      for (int j = 0; j < 3; ++j)
+        grad_rotation[i][j] =
+            gather_or_zero(rotations, i * params.grad_rotation_stride[0] + j * params.grad_rotation_stride[1]);
+      grad_translation[i] = gather_or_zero(translations, i * params.grad_translation_stride);
+    }
+    const P grad_scale = gather_or_zero(scales, 0);
+    const LanePoints<T, N> points(params, offset);
+    LaneSink<T, N> sink{params, offset, lanes};
+    if (points.count <= kMostStaged)
+      rigid_align_points_vjp<P>(StagedPoints<T, N>(points), params.with_scale, grad_rotation, grad_translation,
+                                grad_scale, sink);
+    else
+      rigid_align_points_vjp<P>(points, params.with_scale, grad_rotation, grad_translation, grad_scale, sink);
+  }
+}
+
+}  // namespace
+
+template <class T>
+const RigidAlignKernels<T>& rigid_align_kernels() {
+  static const RigidAlignKernels<T> kernels{&forward<T>, &backward<T>};
+  return kernels;
+}
+template const RigidAlignKernels<float>& rigid_align_kernels<float>();
+template const RigidAlignKernels<double>& rigid_align_kernels<double>();
+
+}  // namespace TRITOOL_ISA
+}  // namespace cpu
+}  // namespace tritool
