@@ -168,6 +168,10 @@ def readme_block(results: Sequence[Json]) -> str:
         parts.append(f"{caption(result)}. A speed-up below 1 is a loss.")
         if memory := list(memory_rows(result)):
             parts.append(table(MEMORY_HEADER, memory, left=2))
+            parts.append(
+                "Peak memory of one call above its inputs, results included; in brackets, how many "
+                "times the inputs and results of the forward call together that is."
+            )
     parts.append(
         "Median over rounds in which all versions take turns; the speed-up is the median of the "
         "rounds' ratios. Error: 99.9 % of the results lie within this distance of float64. "
