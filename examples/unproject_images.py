@@ -56,7 +56,10 @@ def read_images(path: Path, recording: Recording, row: int, pattern: str | None)
             files = [path.parent / name for name in file["images"][row]]
     else:
         frame = recording.frame_ids[row].item()
-        files = [Path(pattern.format(camera=c, frame=frame)) for c in recording.camera_names]
+        try:
+            files = [Path(pattern.format(camera=c, frame=frame)) for c in recording.camera_names]
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"--images knows {{camera}} and {{frame}}, not {error}") from error
     images = []
     for file in files:
         pixels = imread(file)
@@ -171,7 +174,8 @@ def draw(path: Path, colours: Colours, recording: Recording, poses: np.ndarray, 
             panels[:, column], (layers[index], faded), titles, notes, strict=True
         ):
             # movedim has left the two other axes in order, and right comes before high.
-            panel.imshow(pixels.transpose(0, 1).clamp(0, 1), origin="lower", extent=extent)
+            pixels = pixels.transpose(0, 1).clamp(0, 1).numpy()
+            panel.imshow(pixels, origin="lower", extent=extent)
             for pose in poses:
                 joints = recording.joint_names
                 for colour, width in (("white", 2.6), (None, 1.2)):
@@ -225,6 +229,8 @@ def run(options: argparse.Namespace) -> Colours:
     affine = torch.as_tensor(np.asarray(given), dtype=torch.float64)
 
     poses = triangulated(recording, row)
+    if not 0 <= options.actor < len(poses):
+        raise ValueError(f"actor {options.actor} is not there; actors: 0 to {len(poses) - 1}")
     pose = poses[options.actor]
     center = np.array(options.point or middle_of(recording, pose, options.joint))
     rotation = torch.from_numpy(axes_of_body(recording, pose, center)).float()
@@ -259,7 +265,7 @@ def main(arguments: list[str] | None = None) -> Colours:
     parser.add_argument("--voxels", type=int, default=128, help="along each side")
     try:
         return run(parser.parse_args(arguments))
-    except (RecordingError, ValueError, KeyError, IndexError, OSError) as error:
+    except (RecordingError, ValueError, OSError) as error:
         sys.exit(f"unproject_images.py: {error}")
 
 
