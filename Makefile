@@ -5,7 +5,7 @@
 #   make demo       triangulate a synthetic scene, draw it to demo/
 #   make test       all tests (make test ARGS="-k triangulate" for some)
 #   make sanitize   the native code under ASan + UBSan and TSan
-#   make cuda-check compile the CUDA kernels for all architectures, report registers, fail on float spills (no GPU needed)
+#   make cuda-check compile the CUDA kernels for all architectures, report registers and memory accesses, fail on float spills (no GPU needed)
 #   make gpu-test   where there is a GPU: CUDA tests, compute-sanitizer, benchmarks, one JSON
 #   make bench      benchmarks beside plain PyTorch, JSON under benchmarks/results/
 #   make lint       ruff, mypy, clang-format, clang-tidy

@@ -29,10 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import rivals
 import torch
-from suites import SEED, Case, Variant, float64
+from suites.case import SEED, Array, Case, Outputs, Variant, float64
 from torch import Tensor
 
 Json = dict[str, Any]
@@ -53,7 +52,7 @@ def prepared_call(case: Case, variant: Variant, mode: str) -> Call:
     inputs = {name: case.inputs[name] for name in variant.uses}
     if mode == "forward":
 
-        def forward() -> Tensor:
+        def forward() -> Outputs:
             with torch.no_grad():
                 return variant.run(**inputs)
 
@@ -71,10 +70,18 @@ def prepared_call(case: Case, variant: Variant, mode: str) -> Call:
     return forward_backward
 
 
-def cotangent(output: Tensor) -> Tensor:
-    """The incoming gradient: seeded, the same for all variants of a case."""
+def cotangent(outputs: Outputs) -> tuple[Tensor, ...]:
+    """The incoming gradient of every output: seeded, the same for all variants of a case."""
     generator = torch.Generator().manual_seed(SEED + 1)
-    return torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+    return tuple(
+        torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+        for output in parts(outputs)
+    )
+
+
+def parts(outputs: Any) -> tuple[Any, ...]:
+    """What an operation returns as a tuple, also if it is one tensor or array."""
+    return tuple(outputs) if isinstance(outputs, tuple) else (outputs,)
 
 
 def modes_of(variant: Variant) -> tuple[str, ...]:
@@ -89,25 +96,23 @@ class Exact:
 
     def __init__(self, case: Case) -> None:
         self._case = case
-        self._results: dict[tuple[str, ...], npt.NDArray[np.float64]] = {}
-        self._grads: dict[tuple[str, ...], dict[str, npt.NDArray[np.float64]]] = {}
+        self._results: dict[tuple[str, ...], Any] = {}
+        self._grads: dict[tuple[str, ...], dict[str, Array]] = {}
 
-    def result(self, uses: tuple[str, ...]) -> npt.NDArray[np.float64]:
+    def result(self, uses: tuple[str, ...]) -> Any:
         if uses not in self._results:
             inputs = float64({name: self._case.inputs[name] for name in uses})
             self._results[uses] = self._case.reference(**inputs)
         return self._results[uses]
 
-    def grads(
-        self, uses: tuple[str, ...], grad: npt.NDArray[np.float64]
-    ) -> dict[str, npt.NDArray[np.float64]]:
+    def grads(self, uses: tuple[str, ...], grad: Any) -> dict[str, Array]:
         if uses not in self._grads:
             inputs = float64({name: self._case.inputs[name] for name in uses})
             self._grads[uses] = self._case.vjp(grad, **inputs)
         return self._grads[uses]
 
 
-def spread_of_errors(errors: npt.NDArray[np.float64]) -> Json:
+def spread_of_errors(errors: Array) -> Json:
     """Median, 99.9 % and maximum of the finite errors, and how many are not finite."""
     finite = errors[np.isfinite(errors)]
     spread: Json = {"not_finite": int(errors.size - finite.size)}
@@ -119,18 +124,17 @@ def spread_of_errors(errors: npt.NDArray[np.float64]) -> Json:
 
 def accuracy(case: Case, variant: Variant, exact: Exact) -> Json:
     """`error`, in the unit of the result, and `gradient_error`, relative per item and input."""
-    output = prepared_call(case, variant, "forward")()
-    assert isinstance(output, Tensor)
+    outputs: Any = prepared_call(case, variant, "forward")()
     expected = exact.result(variant.uses)
-    if tuple(output.shape) != expected.shape:
-        raise ValueError(f"result has shape {tuple(output.shape)}, want {expected.shape}")
-    difference = output.cpu().double().numpy() - expected
-    measured: Json = {"error": spread_of_errors(np.linalg.norm(difference, axis=-1))}
+    for output, want in zip(parts(outputs), parts(expected), strict=True):
+        if tuple(output.shape) != want.shape:
+            raise ValueError(f"result has shape {tuple(output.shape)}, want {want.shape}")
+    measured: Json = {"error": spread_of_errors(case.error(like(outputs, outputs), expected))}
     if not variant.differentiable:
         return measured
 
     grads = prepared_call(case, variant, "forward_backward")()
-    wanted = exact.grads(variant.uses, cotangent(output).cpu().double().numpy())
+    wanted = exact.grads(variant.uses, like(outputs, cotangent(outputs)))
     wrt = [name for name in case.wrt if name in variant.uses]
     measured["gradient_error"] = {}
     for name, grad in zip(wrt, grads, strict=True):  # type: ignore[call-overload]
@@ -140,6 +144,12 @@ def accuracy(case: Case, variant: Variant, exact: Exact) -> Json:
         scale = np.linalg.norm(want, axis=-1)
         measured["gradient_error"][name] = spread_of_errors(off / np.where(scale > 0, scale, 1))
     return measured
+
+
+def like(outputs: Outputs, tensors: Outputs) -> Any:
+    """The tensors in float64, as one array where the operation returns one tensor."""
+    arrays = tuple(tensor.cpu().double().numpy() for tensor in parts(tensors))
+    return arrays if isinstance(outputs, tuple) else arrays[0]
 
 
 def significant(value: float, digits: int = 4) -> float:
@@ -279,6 +289,16 @@ def peak_memory(call: Call, device: str) -> float:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call()
     return round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1)
+
+
+def operands(case: Case, variant: Variant) -> dict[str, float]:
+    """MiB of what goes into one forward call and of what comes out: what it cannot do without."""
+    outputs: Any = prepared_call(case, variant, "forward")()
+    tensors = {"inputs": [case.inputs[name] for name in variant.uses], "outputs": parts(outputs)}
+    return {
+        name: round(sum(tensor.numel() * tensor.element_size() for tensor in group) / 2**20, 2)
+        for name, group in tensors.items()
+    }
 
 
 def _status_kib(field: str) -> int:

@@ -49,13 +49,14 @@ def ours(case: Json) -> Json:
     return next(row for row in case["variants"] if row["name"] == "tritool")  # type: ignore[no-any-return]
 
 
+def plain_pytorch(case: Json) -> list[Json]:
+    """The plain PyTorch versions that are accurate; packages are not plain PyTorch."""
+    kinds = ("pytorch", "compiled")
+    return [row for row in case["variants"] if row["kind"] in kinds and row.get("accurate")]
+
+
 def fastest_rival(case: Json, mode: str) -> Json | None:
-    """The fastest plain PyTorch version that is accurate; packages are not plain PyTorch."""
-    rows = [
-        row
-        for row in case["variants"]
-        if row["kind"] in ("pytorch", "compiled") and row.get("accurate") and mode in row["times"]
-    ]
+    rows = [row for row in plain_pytorch(case) if mode in row["times"]]
     return min(rows, key=lambda row: row["times"][mode]["ratio"], default=None)
 
 
@@ -128,11 +129,49 @@ def readme_rows(result: Json) -> Iterator[list[str]]:
             yield [*case_cells, rival["name"], own_ms, rival_ms, speed_up, error]
 
 
+MEMORY_HEADER = (
+    *("peak memory, forward + backward", "size", "inputs + results MiB"),
+    *("tritool MiB", "leanest accurate plain PyTorch", "PyTorch MiB"),
+)
+
+
+def memory_rows(result: Json) -> Iterator[list[str]]:
+    for case in result["cases"]:
+        operands = case.get("operands_mib")
+        if not case["headline"] or "failure" in case or operands is None:
+            continue
+        peaks = [
+            (peak, row)
+            for row in plain_pytorch(case)
+            if (peak := row["peak_memory_mib"].get(MODES[1])) is not None
+        ]
+        leanest, rival = min(peaks, key=lambda one: one[0], default=(None, None))
+        own = ours(case)["peak_memory_mib"].get(MODES[1])
+        yield [
+            *(f"`{case['op']}`", case["size"], number(sum(operands.values()))),
+            *(of_operands(own, operands), rival["name"] if rival else "none"),
+            of_operands(leanest, operands),
+        ]
+
+
+def of_operands(peak: float | None, operands: Json | None) -> str:
+    """A peak, and how many times inputs and results together it is."""
+    if peak is None or not operands or sum(operands.values()) == 0:
+        return number(peak)
+    return f"{number(peak)} ({peak / sum(operands.values()):.2g}x)"
+
+
 def readme_block(results: Sequence[Json]) -> str:
     parts = []
     for result in (r for r in results if r["suite"] == "ops"):
         parts.append(table(README_HEADER, list(readme_rows(result)), left=4))
         parts.append(f"{caption(result)}. A speed-up below 1 is a loss.")
+        if memory := list(memory_rows(result)):
+            parts.append(table(MEMORY_HEADER, memory, left=2))
+            parts.append(
+                "Peak memory of one call above its inputs, results included; in brackets, how many "
+                "times the inputs and results of the forward call together that is."
+            )
     parts.append(
         "Median over rounds in which all versions take turns; the speed-up is the median of the "
         "rounds' ratios. Error: 99.9 % of the results lie within this distance of float64. "
@@ -169,12 +208,14 @@ How it is measured:
   (A B C A B C ...). The tables give medians over the rounds, the quartiles in brackets, and the
   median of the ratios to tritool within a round: above 1, tritool is faster. Losses stand beside
   wins.
-- *Forward + backward* differentiates points and weights, heat maps or volumes, for a fixed random
-  incoming gradient.
+- *Forward + backward* differentiates what a network computes (points and weights, heat maps or
+  volumes, features and confidences, both point sets), for a fixed random incoming gradient.
 - Before anything is timed, each result is compared with float64 (`tritool.reference`) on the same
   inputs. A version of which more than 0.1 % of the results are farther off than the tolerance
   stated, or that yields anything not finite, is marked *not accurate*: it is timed and listed, but
   never the rival that a speed-up is counted against.
+- The error of `rigid_align` is the distance between the points where both transforms put them, that
+  of `unproject` the difference of values (standard normal features).
 - The gradient error is relative to the float64 gradient, item by item: median / 99.9 %, of the
   worst input.
 - Plain PyTorch versions keep what they can between calls (grids, coordinates). kornia and OpenCV
@@ -184,7 +225,8 @@ How it is measured:
   the rivals, who allocate more (suite `ops-default-malloc` does not). On a GPU, CUDA events around
   one call, inputs swept out of the L2 cache before it.
 - Peak memory is that of one call above its inputs, results included, in a fresh process (resident
-  memory; on a GPU PyTorch's allocator).
+  memory; on a GPU PyTorch's allocator); in brackets, how many times the inputs and results of the
+  forward call together that is. Less than 1 is possible: the inputs are there already.
 """
 
 
@@ -229,11 +271,15 @@ def case_section(case: Json) -> str:
         "gradient error",
         "peak MiB",
     ]
-    rows = [list(variant_cells(row)) for row in case["variants"]]
-    return f"Tolerance {case['tolerance']:g} {case['unit']}.\n\n" + table(header, rows, left=1)
+    operands = case.get("operands_mib")
+    rows = [list(variant_cells(row, operands)) for row in case["variants"]]
+    tolerance = f"Tolerance {case['tolerance']:g} {case['unit']}."
+    if operands:
+        tolerance += " Inputs {inputs:g} MiB, results {outputs:g} MiB.".format(**operands)
+    return f"{tolerance}\n\n" + table(header, rows, left=1)
 
 
-def variant_cells(row: Json) -> Iterator[str]:
+def variant_cells(row: Json, operands: Json | None) -> Iterator[str]:
     name = row["name"] if row["kind"] != "tritool" else f"**{row['name']}**"
     marks = [row["note"]] if row["note"] and row["note"] not in row["name"] else []
     if "failure" in row:
@@ -257,7 +303,7 @@ def variant_cells(row: Json) -> Iterator[str]:
     gradients = row.get("gradient_error", {}).values()
     worst = max(gradients, key=lambda error: error["median"] or 0.0, default=None)
     yield f"{number(worst['median'])} / {number(worst['p999'])}" if worst else "-"
-    peaks = [number(row["peak_memory_mib"].get(mode)) for mode in MODES]
+    peaks = [of_operands(row["peak_memory_mib"].get(mode), operands) for mode in MODES]
     yield " / ".join(peaks) if row["peak_memory_mib"] else "-"
 
 

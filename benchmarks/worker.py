@@ -80,7 +80,10 @@ def measure_time(spec: suites.Spec, case: suites.Case, request: Json) -> Json:
         if request["device"] == "cuda" and spec.memory:
             for name, call in calls.items():
                 rows[name]["peak_memory_mib"][mode] = bench.peak_memory(call, "cuda")
-    return {"variants": list(rows.values())}
+    measured: Json = {"variants": list(rows.values())}
+    if spec.memory:
+        measured["operands_mib"] = bench.operands(case, case.variants[0])
+    return measured
 
 
 def measure_memory(spec: suites.Spec, case: suites.Case, request: Json) -> Json:

@@ -24,9 +24,10 @@ bench = import_module("bench")
 compare = import_module("compare")
 gpu_test = import_module("gpu_test")
 report = import_module("report")
-rivals = import_module("rivals")
 run = import_module("run")
 suites = import_module("suites")
+project_einsum = import_module("rivals.project").project_einsum
+triangulate_case = import_module("suites.triangulate").triangulate_case
 
 Json = dict[str, Any]
 COMMITTED = sorted((BENCHMARKS / "results").glob("*/*.json"))
@@ -129,8 +130,8 @@ def check_schema(result: Json) -> None:
     assert ("gpu" in result["environment"]) == (result["device"] == "cuda")
     assert result["cases"]
     for case in result["cases"]:
-        assert set(case) - {"failure"} == set(made_up()["cases"][0])
-        assert case["unit"] in ("px", "mm")
+        assert set(case) - {"failure", "operands_mib"} == set(made_up()["cases"][0])
+        assert case["unit"] in ("px", "mm", "value")
         if "failure" not in case:
             check_case(case)
 
@@ -218,7 +219,7 @@ def test_variants_agree_with_float64(spec: Any) -> None:
 
 
 def test_two_view_rivals_are_compared_without_weights() -> None:
-    case = suites._triangulate_case(40, 2, "cpu")
+    case = triangulate_case(40, 2, "cpu")
     exact = bench.Exact(case)
     unweighted = [variant for variant in case.variants if "weights" not in variant.uses]
     assert {variant.kind for variant in unweighted} >= {"tritool"}
@@ -233,7 +234,7 @@ def test_an_inaccurate_result_is_noticed() -> None:
     spec = next(spec for spec in suites.specs(quick=True) if spec.op == "project")
     case = spec.build("cpu")
     shifted = suites.Variant(
-        "shifted", "pytorch", lambda **x: rivals.project_einsum(**x) + 1, ("points", "projections")
+        "shifted", "pytorch", lambda **x: project_einsum(**x) + 1, ("points", "projections")
     )
     error = bench.accuracy(case, shifted, bench.Exact(case))["error"]
     assert error["median"] == pytest.approx(2**0.5, rel=1e-3)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the CUDA kernels for every architecture of the package and look at what became of them.
 
-Needs nvcc, not a GPU. Prints registers, shared memory, stack and spills of every kernel, writes
-them to build/cuda-check.json, and fails where
+Needs nvcc, not a GPU. Prints registers, shared memory, stack and spills of every kernel, and how it
+goes to global memory: its instructions by width, and the sectors (32 bytes) that they touch. Writes
+the same to build/cuda-check.json, and fails where
 
 - a kernel without float64 in its template arguments spills registers, or
 - a kernel that is to load 16 bytes at once does not.
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,9 +27,17 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++17", "-O3", "-I", str(ROOT / "csrc")]
-# The last template argument of these is the number of elements a load.
-VECTOR_KERNEL = re.compile(r"moments_(?:backward_)?rows_kernel<.*, (\d+)>$")
-LOAD_OF_16_BYTES = re.compile(r"\bld\.global[\w.]*\.v(?:4\.[bfsu]32|2\.[bfsu]64|8\.[bfsu]16)\b")
+# Kernels that read several elements at once, by name; the group is the template argument that says
+# how many. Where it is more than 1, loads of 16 bytes are wanted.
+VECTOR_KERNELS = (
+    re.compile(r"^moments_(?:backward_)?rows_kernel<.*, (\d+)>$"),
+    re.compile(r"^unproject_\w*kernel<.*, (\d+)>$"),
+)
+WARP_SIZE, SECTOR_BYTES = 32, 32
+MEMORY_KINDS = {"ld": "loads", "st": "stores", "atom": "atomics", "red": "atomics"}
+# `@%p1 ld.global.nc.v4.f32 {...}`: predicate, instruction, qualifiers that end in the type.
+INSTRUCTION = re.compile(r"^\s*(?:@!?%p\d+\s+)?(ld|st|atom|red)\.([\w.:]+)\s", re.MULTILINE)
+OTHER_SPACES = {"param", "shared", "local", "const"}
 
 
 @dataclass
@@ -42,6 +52,31 @@ class Usage:
     stack: int = 0
     spill_stores: int = 0
     spill_loads: int = 0
+
+
+@dataclass
+class Traffic:
+    """The instructions with which a kernel goes to global memory, each counted once.
+
+    Loads, stores and atomics by their width in bytes a thread. Counted in the code, not in a run: a
+    loop's body counts once, and both sides of a branch.
+    """
+
+    kernel: str
+    loads: dict[int, int]
+    stores: dict[int, int]
+    atomics: dict[int, int]
+
+    @property
+    def sectors(self) -> dict[str, int]:
+        """The sectors that a warp touches if it runs each once and its lanes are neighbours."""
+        return {
+            kind: sum(WARP_SIZE * width // SECTOR_BYTES * n for width, n in counts.items())
+            for kind, counts in self.by_kind().items()
+        }
+
+    def by_kind(self) -> dict[str, dict[int, int]]:
+        return {"loads": self.loads, "stores": self.stores, "atomics": self.atomics}
 
 
 def load_setup() -> ModuleType:
@@ -101,6 +136,21 @@ def entries(ptx: str) -> Iterator[tuple[str, str]]:
         yield start[1], ptx[start.start() : end]
 
 
+def parse_traffic(kernel: str, body: str) -> Traffic:
+    """Count what a kernel's PTX does in global memory, or through a pointer to anywhere."""
+    counts: dict[str, Counter[int]] = {kind: Counter() for kind in MEMORY_KINDS.values()}
+    for name, rest in INSTRUCTION.findall(body):
+        *qualifiers, kind = rest.split(".")
+        if OTHER_SPACES & {qualifier.partition("::")[0] for qualifier in qualifiers}:
+            continue
+        bits = re.fullmatch(r"[a-z]+(\d+)(x2)?", kind)
+        assert bits is not None, rest
+        elements = next((int(q[1:]) for q in qualifiers if re.fullmatch(r"v\d", q)), 1)
+        width = int(bits[1]) // 8 * (2 if bits[2] else 1) * elements
+        counts[MEMORY_KINDS[name]][width] += 1
+    return Traffic(kernel, **{kind: dict(sorted(found.items())) for kind, found in counts.items()})
+
+
 def compile_for(nvcc: str, arch: str, source: Path) -> list[Usage]:
     """Compile one file for one architecture."""
     with tempfile.TemporaryDirectory() as folder:
@@ -129,6 +179,22 @@ def print_table(usages: list[Usage]) -> None:
         print(f"{kernel:<{width}}  {registers:>9}  {memory:>6}  {stack:>5}  {spills:>6}  {names}")
 
 
+def print_traffic(traffic: list[Traffic]) -> None:
+    """Print each kernel's instructions by width, and the sectors of a warp."""
+    width = max(len(t.kernel) for t in traffic)
+    widths = sorted({w for t in traffic for counts in t.by_kind().values() for w in counts})
+    wide = f"{'/'.join(map(str, widths))} bytes"
+    heads = [f"{kind} of {wide}" for kind in ("loads", "stores", "atomics")]
+    print("\nglobal memory, instructions in the code; sectors: a warp, each once, neighbours")
+    print(f"{'kernel':<{width}}  {'  '.join(heads)}  sectors loaded/stored/atomic")
+    for t in traffic:
+        cells = [
+            f"{'/'.join(str(counts.get(w, 0)) for w in widths):>{len(head)}}"
+            for head, counts in zip(heads, t.by_kind().values(), strict=True)
+        ]
+        print(f"{t.kernel:<{width}}  {'  '.join(cells)}  {'/'.join(map(str, t.sectors.values()))}")
+
+
 def main() -> int:
     setup = load_setup()
     cuda = setup.find_cuda()
@@ -151,10 +217,17 @@ def main() -> int:
     for usage in usages:
         usage.kernel = names[usage.kernel]
     usages.sort(key=lambda u: (u.file, u.kernel, u.arch))
+    traffic = [parse_traffic(names[name], body) for name, body in ptx]
+    traffic.sort(key=lambda t: t.kernel)
     print_table(usages)
+    print_traffic(traffic)
     report = ROOT / "build/cuda-check.json"
     report.parent.mkdir(exist_ok=True)
-    text = {"architectures": architectures, "kernels": [asdict(u) for u in usages]}
+    text = {
+        "architectures": architectures,
+        "kernels": [asdict(u) for u in usages],
+        "global_memory": [asdict(t) | {"sectors": t.sectors} for t in traffic],
+    }
     report.write_text(json.dumps(text, indent=1) + "\n")
 
     problems = []
@@ -167,12 +240,11 @@ def main() -> int:
         if u.spill_stores + u.spill_loads > 0 and "double" not in u.kernel:
             problems.append(f"{u.kernel} spills registers on sm_{u.arch}")
     vector_kernels = 0
-    for name, body in ptx:
-        match = VECTOR_KERNEL.search(names[name])
-        if match and int(match[1]) > 1:
+    for t in traffic:
+        if any((match := rule.search(t.kernel)) and int(match[1]) > 1 for rule in VECTOR_KERNELS):
             vector_kernels += 1
-            if not LOAD_OF_16_BYTES.search(body):
-                problems.append(f"{names[name]} has no load of 16 bytes")
+            if 16 not in t.loads:
+                problems.append(f"{t.kernel} has no load of 16 bytes")
     if vector_kernels == 0:
         problems.append("no kernel with loads of 16 bytes was found")
     for problem in problems:

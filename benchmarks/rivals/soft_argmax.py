@@ -1,24 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one would write, or install, without tritool.
-
-The plain PyTorch versions are the strongest we know of for each operation; nothing they need and
-could keep between calls (grids, coordinates, float64 projections) is made inside the timed call.
-Sources of the formulas: Iskakov et al., "Learnable Triangulation of Human Pose" (ICCV 2019), for
-soft-argmax and the weighted linear triangulation (DLT); Hartley and Zisserman, "Multiple View
-Geometry", 12.2, for the DLT itself. Packages are measured as installed and left out where they are
-not.
-"""
+"""Soft-argmax: Iskakov et al., "Learnable Triangulation of Human Pose" (ICCV 2019)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
-
-# ---- soft-argmax ----
 
 
 def _probabilities(maps: Tensor, dims: int, alpha: float) -> Tensor:
@@ -119,93 +108,3 @@ def kornia_soft_argmax2d(alpha: float) -> Callable[..., Tensor]:
         return function(heatmaps, temperature, False)  # type: ignore[no-any-return]
 
     return run
-
-
-# ---- triangulation ----
-
-
-def dlt_rows(points: Tensor, projections: Tensor, weights: Tensor | None) -> Tensor:
-    """The matrix A `[N, 2C, 4]` of equation (3), in the dtype of the arguments."""
-    rows = points[..., None] * projections[..., 2:3, :] - projections[..., :2, :]
-    if weights is not None:
-        rows = rows * weights[..., None, None]
-    return rows.flatten(-3, -2)
-
-
-def dlt_svd(points: Tensor, projections: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The last right singular vector of A, all points in one call."""
-    _, _, vectors = torch.linalg.svd(dlt_rows(points, projections, weights), full_matrices=False)
-    return vectors[..., 3, :3] / vectors[..., 3, 3:]
-
-
-def dlt_svd_loop(points: Tensor, projections: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The same, one call a point: how the operation is commonly found in research code."""
-    results = []
-    for rows in dlt_rows(points, projections, weights):
-        vectors = torch.svd(rows).V
-        results.append(vectors[:3, 3] / vectors[3, 3])
-    return torch.stack(results)
-
-
-def dlt_eigh(dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The first eigenvector of the 4x4 matrix A^T A, formed and decomposed in `dtype`."""
-
-    def run(points: Tensor, projections: Tensor, weights: Tensor | None = None) -> Tensor:
-        rows = dlt_rows(points, projections, weights).to(dtype)
-        _, vectors = torch.linalg.eigh(rows.mT @ rows)
-        return (vectors[..., :3, 0] / vectors[..., 3:, 0]).to(points.dtype)
-
-    return run
-
-
-def kornia_triangulate(solver: str) -> Callable[..., Tensor]:
-    """The package's own: two views, no weights."""
-    function = import_module("kornia.geometry.epipolar").triangulate_points
-
-    def run(points: Tensor, projections: Tensor) -> Tensor:
-        return function(  # type: ignore[no-any-return]
-            projections[0], projections[1], points[:, 0], points[:, 1], solver=solver
-        )
-
-    return run
-
-
-def opencv_triangulate(points: Tensor, projections: Tensor) -> Tensor:
-    """`cv2.triangulatePoints`: two views, no weights, no gradient, on the CPU."""
-    cv2 = import_module("cv2")
-    first, second = points.numpy().transpose(1, 2, 0)
-    found = cv2.triangulatePoints(projections[0].numpy(), projections[1].numpy(), first, second)
-    return torch.from_numpy((found[:3] / found[3:]).T)
-
-
-# ---- projection ----
-
-
-def project_einsum(points: Tensor, projections: Tensor) -> Tensor:
-    """Rotate and translate into every view, divide by the depth."""
-    image = torch.einsum("cij,nj->nci", projections[..., :3], points) + projections[..., 3]
-    return image[..., :2] / image[..., 2:]
-
-
-def project_matmul(points: Tensor, projections: Tensor) -> Tensor:
-    """The same as one matrix product of all points with all views."""
-    matrix = projections.flatten(0, 1)
-    image = torch.addmm(matrix[:, 3], points, matrix[:, :3].T).unflatten(-1, (-1, 3))
-    return image[..., :2] / image[..., 2:]
-
-
-# ---- what is there ----
-
-
-def installed(package: str) -> ModuleType | None:
-    """The package, or None if it cannot be imported here."""
-    try:
-        return import_module(package)
-    except ImportError:
-        return None
-
-
-def package_versions() -> dict[str, str]:
-    """The versions of the packages measured here."""
-    found = {name: installed(module) for name, module in (("kornia", "kornia"), ("opencv", "cv2"))}
-    return {name: module.__version__ for name, module in found.items() if module is not None}
