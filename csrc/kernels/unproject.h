@@ -155,7 +155,7 @@ constexpr int64_t unproject_quantum = 64 / int64_t(sizeof(Accumulator<In>));
 
 inline int64_t unproject_blocks(int64_t points) { return (points + kUnprojectBlock - 1) / kUnprojectBlock; }
 
-// Few items are divided further, for as many threads, as long as the copies stay small beside the volume.
+// Independent of the number of threads, so that the sums are, too.
 template <class In>
 UnprojectPlan unproject_plan(const UnprojectParams<In>& params, UnprojectGradients<In>& gradients) {
   UnprojectPlan plan{};
@@ -164,17 +164,15 @@ UnprojectPlan unproject_plan(const UnprojectParams<In>& params, UnprojectGradien
   const bool together = gradients.grid != nullptr && params.grid_size[0] == 0;
   plan.group_channels = together && params.rows.row > 0 ? params.rows.row : 2 * unproject_quantum<In>;
   plan.groups = params.rows.row == 0 ? 1 : (params.rows.row + plan.group_channels - 1) / plan.group_channels;
-  const int64_t wanted = items == 0 ? 1 : 8 / (items * plan.groups);
-  const int64_t volume = params.channels * params.points, features = params.views * params.rows.view;
-  const int64_t room = features == 0 ? 4 : volume / 2 / features;
-  plan.parts = wanted < room ? wanted : room;
-  plan.parts = plan.parts > 4 ? 4 : plan.parts < 1 ? 1 : plan.parts;
+  // One more copy of the features' gradient pays where a second thread would have nothing to do.
+  plan.parts = items * plan.groups < 4 && params.points >= 4096 ? 2 : 1;
   plan.units = items * plan.groups * plan.parts;
   plan.entries = params.views * 12 + 12 + params.views * params.rows.row;
   plan.partial_bytes = plan.units * plan.entries * int64_t(sizeof(double));
   gradients.direct = plan.parts == 1 && sizeof(In) == sizeof(Accumulator<In>) &&
                      !unproject_rows(params, gradients.features_stride, unproject_quantum<In>, true).staged;
-  plan.sums_count = gradients.features == nullptr || gradients.direct ? 0 : plan.parts * items * features;
+  plan.sums_count =
+      gradients.features == nullptr || gradients.direct ? 0 : plan.parts * items * params.views * params.rows.view;
   return plan;
 }
 

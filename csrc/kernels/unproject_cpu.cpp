@@ -205,8 +205,9 @@ TRITOOL_HD void sample(const BlockTaps<Real<P>>& taps, int lane, const Real<P>* 
   }
   for (int p = 0; p < kPacks; ++p) {
     const int64_t at = p * P::kLanes;
-    value[p] = weight[0] * load_pack<P>(from[0] + at) + weight[1] * load_pack<P>(from[1] + at) +
-               (weight[2] * load_pack<P>(from[2] + at) + weight[3] * load_pack<P>(from[3] + at));
+    value[p] = weight[0] * load_pack<P>(from[0] + at) +
+               (weight[1] * load_pack<P>(from[1] + at) +
+                (weight[2] * load_pack<P>(from[2] + at) + weight[3] * load_pack<P>(from[3] + at)));
   }
 }
 
@@ -228,31 +229,50 @@ TRITOOL_HD P confidence_of(const Views<Real<P>>& views, int view, int64_t channe
   return P(Real<P>(1));
 }
 
-// The first views' samples are kept from the first pass of the backward to its second.
+// So many views are sampled before they are put together; the backward finds the samples of the first ones kept.
 constexpr int kKept = 8;
+
+template <class P, int kPacks>
+struct Kept {
+  P value[kKept][kPacks];
+  P factor[kKept][kPacks];  // of ViewAggregate; valid where all views are kept
+};
+
+TRITOOL_HD bool takes_part(int column, bool exclude) { return column != kUnseenColumn || !exclude; }
 
 // The views of the channels `channel` .. of one voxel, put together; `sampled` false: with values of 0.
 template <class P, int kPacks, Aggregation kBy, bool kWeighted>
 TRITOOL_HD void aggregate(const Views<Real<P>>& views, int lane, int64_t channel, bool sampled,
-                          ViewAggregate<P, kBy, kWeighted> (&result)[kPacks], P (*kept)[kPacks] = nullptr) {
+                          ViewAggregate<P, kBy, kWeighted> (&result)[kPacks], Kept<P, kPacks>& kept) {
   using T = Real<P>;
-  for (int view = 0; view < views.count; ++view) {
-    const BlockTaps<T>& taps = views.taps[view];
-    const int column = taps.column[lane];
-    if (column == kUnseenColumn && views.exclude) continue;
-    P value[kPacks];
-    if (column >= -1 && sampled) {
-      sample(taps, lane, views.features + view * views.map + channel, value);
-    } else {
-      for (int p = 0; p < kPacks; ++p) value[p] = P(T(0));
+  for (int first = 0; first < views.count; first += kKept) {
+    const int last = first + kKept < views.count ? first + kKept : views.count;
+    Kept<P, kPacks> later;
+    Kept<P, kPacks>& here = first == 0 ? kept : later;
+    for (int view = first; view < last; ++view) {
+      const BlockTaps<T>& taps = views.taps[view];
+      const int column = taps.column[lane];
+      P(&value)[kPacks] = here.value[view - first];
+      if (column >= -1 && sampled) {
+        sample(taps, lane, views.features + view * views.map + channel, value);
+      } else {
+        for (int p = 0; p < kPacks; ++p) value[p] = P(T(0));
+      }
+      if (column == kUnknownColumn || !takes_part(column, views.exclude)) continue;
+      for (int p = 0; p < kPacks; ++p)
+        result[p].look(value[p], confidence_of<P, kWeighted>(views, view, channel + p * P::kLanes));
     }
-    for (int p = 0; p < kPacks; ++p) {
-      if (kept != nullptr && view < kKept) kept[view][p] = value[p];
-      const P confidence = confidence_of<P, kWeighted>(views, view, channel + p * P::kLanes);
-      if (column == kUnknownColumn)
-        result[p].add_unknown(confidence);
-      else
-        result[p].add(value[p], confidence);
+    for (int p = 0; p < kPacks; ++p) first == 0 ? result[p].start() : result[p].rise();
+    for (int view = first; view < last; ++view) {
+      const int column = views.taps[view].column[lane];
+      if (!takes_part(column, views.exclude)) continue;
+      for (int p = 0; p < kPacks; ++p) {
+        const P confidence = confidence_of<P, kWeighted>(views, view, channel + p * P::kLanes);
+        if (column == kUnknownColumn)
+          result[p].add_unknown(confidence);
+        else
+          here.factor[view - first][p] = result[p].add_looked_at(here.value[view - first][p], confidence);
+      }
     }
   }
 }
@@ -262,8 +282,9 @@ template <class P, int kPacks, Aggregation kBy, bool kWeighted>
 void forward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, Real<P>* tile) {
   for (int lane = 0; lane < lanes; ++lane) {
     ViewAggregate<P, kBy, kWeighted> result[kPacks];
-    aggregate<P, kPacks, kBy, kWeighted>(views, lane, channel, true, result);
-    for (int p = 0; p < kPacks; ++p) store_pack(tile + (lane * kPacks + p) * P::kLanes, result[p].result());
+    Kept<P, kPacks> kept;
+    aggregate<P, kPacks, kBy, kWeighted>(views, lane, channel, true, result, kept);
+    for (int p = 0; p < kPacks; ++p) store_pack(tile + (lane * kPacks + p) * P::kLanes, result[p].finish());
   }
 }
 
@@ -281,14 +302,15 @@ void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, cons
   using T = Real<P>;
   constexpr int N = P::kLanes;
   constexpr bool kLinear = kBy == Aggregation::kSum || kBy == Aggregation::kMean;
+  const bool all_kept = views.count <= kKept;
   const bool sampled = !kLinear || sums.confidences != nullptr || sums.pixels != nullptr;
   for (int lane = 0; lane < lanes; ++lane) {
     ViewAggregate<P, kBy, kWeighted> aggregate_of[kPacks];
-    P kept[kKept][kPacks];
+    Kept<P, kPacks> kept;
     aggregate<P, kPacks, kBy, kWeighted>(views, lane, channel, sampled, aggregate_of, kept);
     P result[kPacks], grad[kPacks], linear[kPacks];
     for (int p = 0; p < kPacks; ++p) {
-      result[p] = aggregate_of[p].result();
+      result[p] = aggregate_of[p].finish();
       const P incoming = load_pack<P>(tile + (lane * kPacks + p) * N);
       grad[p] = select(is_nan(result[p]), P(T(0)), incoming);
       linear[p] = kLinear ? select(aggregate_of[p].known(), incoming, P(T(0))) : grad[p];
@@ -296,10 +318,10 @@ void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, cons
     for (int view = 0; view < views.count; ++view) {
       const BlockTaps<T>& taps = views.taps[view];
       const int column = taps.column[lane];
-      if (column == kUnknownColumn || (column == kUnseenColumn && views.exclude)) continue;
+      if (column == kUnknownColumn || !takes_part(column, views.exclude)) continue;
       P value[kPacks], grad_value[kPacks];
       if (view < kKept) {
-        for (int p = 0; p < kPacks; ++p) value[p] = kept[view][p];
+        for (int p = 0; p < kPacks; ++p) value[p] = kept.value[view][p];
       } else if (column >= -1 && sampled) {
         sample(taps, lane, views.features + view * views.map + channel, value);
       } else {
@@ -307,11 +329,13 @@ void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, cons
       }
       for (int p = 0; p < kPacks; ++p) {
         const P confidence = confidence_of<P, kWeighted>(views, view, channel + p * N);
-        const P slope = aggregate_of[p].value_slope(value[p], confidence, result[p]);
+        const P factor =
+            all_kept ? kept.factor[view < kKept ? view : 0][p] : aggregate_of[p].factor_of(value[p], confidence);
+        const P slope = aggregate_of[p].value_slope(value[p], confidence, factor, result[p]);
         grad_value[p] = linear[p] * select(linear[p] == P(T(0)), P(T(0)), slope);
         if (sums.confidences != nullptr) {
           T* sum = sums.confidences + view * views.row + channel + p * N;
-          const P weight_slope = aggregate_of[p].confidence_slope(value[p], confidence, result[p]);
+          const P weight_slope = aggregate_of[p].confidence_slope(value[p], confidence, factor, result[p]);
           const P share = grad[p] * select(grad[p] == P(T(0)), P(T(0)), weight_slope);
           store_pack(sum, load_pack<P>(sum) + share);
         }
@@ -396,6 +420,25 @@ void for_channels(int64_t begin, int64_t end, Run&& run) {
   }
 }
 
+// to[column, row] = from[row, column], in whole squares of lanes as far as they go.
+template <class T>
+void transpose_into(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t rows, int64_t columns) {
+  using P = NativePack<T>;
+  constexpr int N = P::kLanes;
+  const int64_t whole_rows = rows - rows % N, whole_columns = columns - columns % N;
+  for (int64_t row = 0; row < whole_rows; row += N) {
+    for (int64_t column = 0; column < whole_columns; column += N) {
+      P square[N];
+      for (int n = 0; n < N; ++n) square[n] = load_pack<P>(from + (row + n) * from_stride + column);
+      transpose(square);
+      for (int n = 0; n < N; ++n) store_pack(to + (column + n) * to_stride + row, square[n]);
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t column = row < whole_rows ? whole_columns : 0; column < columns; ++column)
+      to[column * to_stride + row] = from[row * from_stride + column];
+}
+
 // Between a tile [voxel, channel] and the volume, both ways; channels beyond the last are read as 0.
 template <class In, class T>
 void write_tile(const UnprojectParams<In>& params, In* item, int64_t first, int lanes, int64_t channel, int width,
@@ -403,17 +446,14 @@ void write_tile(const UnprojectParams<In>& params, In* item, int64_t first, int 
   const int64_t (&stride)[2] = params.volume_stride;
   const int channels = int(params.channels - channel < width ? params.channels - channel : width);
   In* to = item + first * stride[1] + channel * stride[0];
-  if (stride[0] == 1) {
-    for (int lane = 0; lane < lanes; ++lane) {
-      if constexpr (std::is_same_v<In, T>)
-        memcpy(to + lane * stride[1], tile + lane * width, size_t(channels) * sizeof(T));
-      else
-        for (int k = 0; k < channels; ++k) store(to + lane * stride[1] + k, tile[lane * width + k]);
-    }
-    return;
+  if constexpr (std::is_same_v<In, T>) {
+    if (stride[1] == 1) return transpose_into(to, stride[0], tile, width, lanes, channels);
+    for (int lane = 0; lane < lanes && stride[0] == 1; ++lane)
+      memcpy(to + lane * stride[1], tile + lane * width, size_t(channels) * sizeof(T));
+    if (stride[0] == 1) return;
   }
-  for (int k = 0; k < channels; ++k)
-    for (int lane = 0; lane < lanes; ++lane) store(to + k * stride[0] + lane * stride[1], tile[lane * width + k]);
+  for (int lane = 0; lane < lanes; ++lane)
+    for (int k = 0; k < channels; ++k) store(to + k * stride[0] + lane * stride[1], tile[lane * width + k]);
 }
 
 template <class In, class T>
@@ -424,17 +464,26 @@ void read_tile(const UnprojectParams<In>& params, const In* item, int64_t first,
   const In* from = item + first * stride[1] + channel * stride[0];
   if (channels < width)
     for (int n = 0; n < lanes * width; ++n) tile[n] = T(0);
-  if (stride[0] == 1) {
-    for (int lane = 0; lane < lanes; ++lane) {
-      if constexpr (std::is_same_v<In, T>)
-        memcpy(tile + lane * width, from + lane * stride[1], size_t(channels) * sizeof(T));
-      else
-        for (int k = 0; k < channels; ++k) tile[lane * width + k] = load(from + lane * stride[1] + k);
-    }
-    return;
+  if constexpr (std::is_same_v<In, T>) {
+    if (stride[1] == 1) return transpose_into(tile, width, from, stride[0], channels, lanes);
+    for (int lane = 0; lane < lanes && stride[0] == 1; ++lane)
+      memcpy(tile + lane * width, from + lane * stride[1], size_t(channels) * sizeof(T));
+    if (stride[0] == 1) return;
   }
-  for (int k = 0; k < channels; ++k)
-    for (int lane = 0; lane < lanes; ++lane) tile[lane * width + k] = load(from + k * stride[0] + lane * stride[1]);
+  for (int lane = 0; lane < lanes; ++lane)
+    for (int k = 0; k < channels; ++k) tile[lane * width + k] = load(from + k * stride[0] + lane * stride[1]);
+}
+
+// The first voxel of a block. Blocks that follow each other lie side by side, not one behind the other along a row of
+// the grid: they see the same pixels, which are then still in the first cache.
+template <class In>
+int64_t first_voxel(const UnprojectParams<In>& params, int64_t block) {
+  const int64_t depth = params.grid_size[1], width = params.grid_size[2];
+  if (width == 0 || width % kBlock != 0) return block * kBlock;
+  const int64_t per_row = width / kBlock, per_plane = depth * per_row;
+  const int64_t i = block / per_plane, in_plane = block - i * per_plane;
+  const int64_t along = in_plane / depth, j = in_plane - along * depth;
+  return (i * depth + j) * width + along * kBlock;
 }
 
 // ---- The passes ----
@@ -450,9 +499,18 @@ void stage(const UnprojectParams<In>& params, int64_t begin, int64_t end) {
     params.own_maps.offsets(item, offset);
     const In* from = params.features + offset[0] + view * stride[0] + y * stride[2];
     T* to = static_cast<T*>(params.staged) + offset[1] + view * params.rows.view + y * params.width * params.rows.row;
+    const int64_t row = params.rows.row;
+    if constexpr (std::is_same_v<In, T>) {
+      if (stride[3] == 1) {
+        for (int64_t x = 0; x < params.width; ++x)
+          for (int64_t k = params.channels; k < row; ++k) to[x * row + k] = T(0);
+        transpose_into(to, row, from, stride[1], params.channels, params.width);
+        continue;
+      }
+    }
     for (int64_t x = 0; x < params.width; ++x)
-      for (int64_t k = 0; k < params.rows.row; ++k)
-        to[x * params.rows.row + k] = k < params.channels ? load(from + k * stride[1] + x * stride[3]) : T(0);
+      for (int64_t k = 0; k < row; ++k)
+        to[x * row + k] = k < params.channels ? load(from + k * stride[1] + x * stride[3]) : T(0);
   }
 }
 
@@ -525,7 +583,7 @@ void forward(const UnprojectParams<In>& params, int64_t begin, int64_t end) {
   ItemViews<In> item(params);
   alignas(64) T tile[kBlock * 2 * N];
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t number = index / blocks, first = (index - number * blocks) * kBlock;
+    const int64_t number = index / blocks, first = first_voxel(params, index - number * blocks);
     item.load(number);
     const int lanes = item.template project<false>(first);
     for_channels<T>(0, params.channels, [&](int64_t channel, auto packs) {
@@ -660,7 +718,7 @@ void backward(const UnprojectParams<In>& params, const UnprojectGradients<In>& g
         gradients.grid != nullptr && params.grid_size[0] == 0 ? gradients.grid + number * params.points * 3 : nullptr;
     const int64_t last_block = blocks * (part + 1) / plan.parts;
     for (int64_t block = blocks * part / plan.parts; block < last_block; ++block) {
-      const int64_t first = block * kBlock;
+      const int64_t first = first_voxel(params, block);
       const int lanes = moving ? item.template project<true>(first) : item.template project<false>(first);
       for (int64_t n = 0; moving && n < params.views * 2 * kBlock; ++n) pixels[n] = T(0);
       for_channels<T>(first_channel, last_channel, [&](int64_t channel, auto packs) {
@@ -690,16 +748,18 @@ void backward_rows(const UnprojectParams<In>& params, const UnprojectGradients<I
     int64_t offset[Params::kOperands];
     params.batch.offsets(item, offset);
     In* to = gradients.features + offset[Params::kGradFeatures] + view * stride[0] + y * stride[2];
-    const int64_t line = (map * params.height + y) * params.width * params.rows.row;
-    const int64_t copy = params.batch.count * params.views * params.rows.view;
-    for (int64_t x = 0; x < params.width; ++x) {
-      for (int64_t k = 0; k < params.channels; ++k) {
-        T sum = T(0);
-        for (int64_t part = 0; part < plan.parts; ++part)
-          sum += gradients.sums[part * copy + line + x * params.rows.row + k];
-        store(to + k * stride[1] + x * stride[3], sum);
+    const int64_t row = params.rows.row, copy = params.batch.count * params.views * params.rows.view;
+    T* line = gradients.sums + (map * params.height + y) * params.width * row;
+    for (int64_t part = 1; part < plan.parts; ++part)
+      for (int64_t n = 0; n < params.width * row; ++n) line[n] += line[part * copy + n];
+    if constexpr (std::is_same_v<In, T>) {
+      if (stride[3] == 1) {
+        transpose_into(to, stride[1], line, row, params.width, params.channels);
+        continue;
       }
     }
+    for (int64_t x = 0; x < params.width; ++x)
+      for (int64_t k = 0; k < params.channels; ++k) store(to + k * stride[1] + x * stride[3], line[x * row + k]);
   }
 }
 

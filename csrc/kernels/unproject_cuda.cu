@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>) unproject_kernel(Unpro
       if (there) {
         ViewAggregate<T, kBy, true> result[kWidth];
         aggregate<In, kBy, kWidth>(params, offset, geometry, point.world, channel, result);
-        for (int n = 0; n < kWidth; ++n) store(&vector.element[n], result[n].result());
+        for (int n = 0; n < kWidth; ++n) store(&vector.element[n], result[n].finish());
       }
       if (!tiling.transposed) {
         if (!there || !active) continue;
@@ -403,7 +403,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>)
           aggregate<In, kBy, kWidth>(params, offset, geometry, point.world, channel, result_of);
           load_grad(params, tiling, params.volume + offset[Params::kVolume], voxel, channel, linear);
           for (int n = 0; n < kWidth; ++n) {
-            result[n] = result_of[n].result();
+            result[n] = result_of[n].finish();
             grad[n] = is_nan(result[n]) ? T(0) : linear[n];
             linear[n] = kLinear ? (result_of[n].known() ? linear[n] : T(0)) : grad[n];
           }
@@ -420,10 +420,11 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>)
             if (sight.seen) sample(map, footprint, params.width, params.rows.row, value);
             for (int n = 0; n < kWidth; ++n) {
               const T confidence = confidence_of(params, offset, view, channel + n);
-              const T slope = result_of[n].value_slope(value[n], confidence, result[n]);
+              const T factor = result_of[n].factor_of(value[n], confidence);
+              const T slope = result_of[n].value_slope(value[n], confidence, factor, result[n]);
               grad_value[n] = linear[n] == T(0) ? T(0) : linear[n] * slope;
               if (confident && grad[n] != T(0))
-                share[n] = grad[n] * result_of[n].confidence_slope(value[n], confidence, result[n]);
+                share[n] = grad[n] * result_of[n].confidence_slope(value[n], confidence, factor, result[n]);
             }
             for (int tap = 0; sight.seen && tap < 4; ++tap) {
               const int i = tap % 2, j = tap / 2;

@@ -6,6 +6,10 @@
 
 #include "math/scalar.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 TRITOOL_MATH_BEGIN
 
 template <class T>
@@ -87,6 +91,16 @@ TRITOOL_PACK TRITOOL_HD bool any(const PackMask<T, N>& mask) {
 }
 TRITOOL_PACK TRITOOL_HD bool all(const PackMask<T, N>& mask) { return !any(!mask); }
 
+#if defined(__AVX512F__)
+// `a > b ? a : b` as one instruction, which the compiler does not make of a select.
+TRITOOL_HD Pack<float, 16> max_(const Pack<float, 16>& a, const Pack<float, 16>& b) {
+  return Pack<float, 16>::of(_mm512_max_ps(a.v, b.v));
+}
+TRITOOL_HD Pack<double, 8> max_(const Pack<double, 8>& a, const Pack<double, 8>& b) {
+  return Pack<double, 8>::of(_mm512_max_pd(a.v, b.v));
+}
+#endif
+
 // Lane by lane; the compiler turns these loops into one instruction each.
 TRITOOL_PACK TRITOOL_HD Pack<T, N> sqrt_(const Pack<T, N>& x) {
   Pack<T, N> result;
@@ -144,10 +158,26 @@ struct Exp2Constants<double> {
       1.0178062445845773521e-7, 7.0725859692492236999e-9,  4.4549605981865183938e-10};
 };
 
+#if defined(__AVX512DQ__)
+// 2^n to the power of whole n, times `mantissa`: one instruction, which knows of underflow and NaN.
+TRITOOL_HD __m512 scale_by_power(__m512 mantissa, __m512 n) { return _mm512_scalef_ps(mantissa, n); }
+TRITOOL_HD __m512d scale_by_power(__m512d mantissa, __m512d n) { return _mm512_scalef_pd(mantissa, n); }
+TRITOOL_HD __m512 beyond_nearest_integer(__m512 x) { return _mm512_reduce_ps(x, 0); }
+TRITOOL_HD __m512d beyond_nearest_integer(__m512d x) { return _mm512_reduce_pd(x, 0); }
+#endif
+
 TRITOOL_PACK TRITOOL_HD Pack<T, N> exp2_(const Pack<T, N>& x) {
   using Constants = Exp2Constants<T>;
   using Bits = typename PackMask<T, N>::Vector;
   using Value = typename Pack<T, N>::Vector;
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(Value) == 64) {
+    const Value f = beyond_nearest_integer(x.v);
+    Value q = Constants::kTerm[Constants::kTerms - 1] - Value{};
+    for (int term = Constants::kTerms - 2; term >= 0; --term) q = q * f + Constants::kTerm[term];
+    return Pack<T, N>::of(scale_by_power(f * q + T(1), x.v - f));
+  }
+#endif
   const Value shifted = x.v + Constants::kRound;
   const Value f = x.v - (shifted - Constants::kRound);
   Value q = Constants::kTerm[Constants::kTerms - 1] - Value{};

@@ -83,76 +83,108 @@ TRITOOL_HD Footprint<T> footprint_of(const Cell<T>& cell, T width, T height) {
 
 enum class Aggregation { kSum, kMean, kSoftmax, kMax };
 
-// The aggregate over the views of one channel of one voxel, and its derivatives. Views are added one after the other:
-// the softmax keeps its sums relative to the largest value yet, so that one exponential a view serves. A view of
-// confidence 0 is absent; one that is negative or not finite makes the result NaN. Without kWeighted all confidences
-// are 1.
+// The aggregate over the views of one channel of one voxel, and its derivatives. A view of confidence 0 is absent; one
+// that is negative or not finite makes the result NaN. Without kWeighted all confidences are 1.
 //
-// After the last view, value_slope() and confidence_slope() give d result / d value and d result / d confidence of a
-// view; for the maximum the views must be asked in the order in which they were added, once each.
+// The softmax keeps its sums relative to a level, the largest value yet. Views are added one by one (add), or several
+// at a time: first look() at each, then rise() once, then add_looked_at() each, which costs one exponential a view and
+// no comparison.
+//
+// After the last view finish(), then value_slope() and confidence_slope() give d result / d value and d result /
+// d confidence of a view. `factor` is what add_looked_at() returned since the last rise(), or factor_of(). For the
+// maximum the views must be asked in the order in which they were added, once each.
 template <class T, Aggregation kBy, bool kWeighted>
 class ViewAggregate {
  public:
-  TRITOOL_HD void add(T value, T confidence) {
-    [[maybe_unused]] const auto present = confidence != T(0);
+  TRITOOL_HD void look(T value, [[maybe_unused]] T confidence) {
+    if constexpr (kBy == Aggregation::kSoftmax) {
+      if constexpr (kWeighted) value = select(confidence != T(0), value, seen_);
+      seen_ = max_(value, seen_);
+    }
+  }
+
+  TRITOOL_HD void rise() {
+    if constexpr (kBy == Aggregation::kSoftmax) {
+      const T factor = select(seen_ == level_, T(1), exp2_((level_ - seen_) * T(Real<T>(kLog2OfE))));
+      norm_ = norm_ * factor;
+      total_ = total_ * factor;
+      level_ = seen_;
+    }
+  }
+  // Before anything was added.
+  TRITOOL_HD void start() { level_ = seen_; }
+
+  TRITOOL_HD T add_looked_at(T value, T confidence) {
     if constexpr (kWeighted) {
+      value = select(confidence != T(0), value, T(0));  // 0 * NaN
       confidence = select((confidence >= T(0)) & is_finite(confidence), confidence, quiet_nan<T>());
-      value = select(present, value, T(0));  // 0 * NaN
     }
     if constexpr (kBy == Aggregation::kSum || kBy == Aggregation::kMean) {
       total_ = kWeighted ? total_ + confidence * value : total_ + value;
       if constexpr (kWeighted || kBy == Aggregation::kMean) norm_ = norm_ + confidence;
+      return T(1);
     } else if constexpr (kBy == Aggregation::kSoftmax) {
-      // exp(-|value - level|) is what either the sums so far or the new view shrink by.
-      const T shrink = exp2_(T(0) - abs_(value - level_) * T(Real<T>(kLog2OfE)));
-      auto higher = value > level_;
-      if constexpr (kWeighted) higher = higher & present;
-      const T old_factor = select(higher, shrink, T(1));
-      T factor = select(higher, T(1), shrink);
-      if constexpr (kWeighted) factor = select(present, confidence * factor, T(0));
-      norm_ = norm_ * old_factor + factor;
-      total_ = total_ * old_factor + factor * value;
-      level_ = select(higher, value, level_);
+      const T factor = factor_of(value, confidence);
+      const T weight = kWeighted ? confidence * factor : factor;
+      norm_ = norm_ + weight;
+      total_ = total_ + weight * value;
+      return factor;
     } else {
       auto larger = (value > level_) | is_nan(value);
-      if constexpr (kWeighted) larger = larger & present;
+      if constexpr (kWeighted) larger = larger & (confidence != T(0));
       level_ = select(larger, value, level_);
       norm_ = norm_ + confidence;
+      return T(1);
     }
   }
 
+  TRITOOL_HD void add(T value, T confidence) {
+    if constexpr (kBy == Aggregation::kSoftmax) {
+      look(value, confidence);
+      rise();
+    }
+    add_looked_at(value, confidence);
+  }
+
   // A view whose value cannot be known.
-  TRITOOL_HD void add_unknown(T confidence) {
+  TRITOOL_HD void add_unknown([[maybe_unused]] T confidence) {
     if constexpr (kWeighted)
       norm_ = norm_ + select(confidence == T(0), T(0), quiet_nan<T>());
     else
       norm_ = quiet_nan<T>();
   }
 
-  TRITOOL_HD T result() const {
+  TRITOOL_HD T finish() {
     const auto nothing = norm_ == T(0);
+    if constexpr (kBy == Aggregation::kMean || kBy == Aggregation::kSoftmax)
+      inverse_norm_ = T(1) / select(nothing, T(1), norm_);
     if constexpr (kBy == Aggregation::kSum)
       return select(is_nan(norm_), norm_, total_);
     else if constexpr (kBy == Aggregation::kMax)
       return select(nothing, T(0), select(is_nan(norm_), norm_, level_));
     else
-      return total_ / select(nothing, T(1), norm_);  // nothing was added to the total then, either
+      return total_ * inverse_norm_;  // of nothing: 0
   }
 
   // Whether the result is known as far as geometry and confidences are concerned: the gradient to the features of a
   // linear aggregation does not depend on more.
   TRITOOL_HD Mask<T> known() const { return norm_ == norm_; }
 
-  TRITOOL_HD T value_slope(T value, T confidence, T result) {
+  // exp(value - level), at most 1. An absent view may lie above the level: not infinity * 0.
+  TRITOOL_HD T factor_of(T value, [[maybe_unused]] T confidence) const {
+    if constexpr (kBy != Aggregation::kSoftmax) return T(1);
+    T difference = value - level_;
+    if constexpr (kWeighted) difference = select(confidence == T(0), T(0), difference);
+    return exp2_(difference * T(Real<T>(kLog2OfE)));
+  }
+
+  TRITOOL_HD T value_slope(T value, T confidence, T factor, T result) {
     if constexpr (kBy == Aggregation::kSum) {
       return confidence;
     } else if constexpr (kBy == Aggregation::kMean) {
-      return confidence / select(norm_ == T(0), T(1), norm_);
+      return confidence * inverse_norm_;
     } else if constexpr (kBy == Aggregation::kSoftmax) {
-      const T slope = confidence * probability(value, confidence) * (T(1) + value - result);
-      // An absent view; if it is alone its probability is not a number.
-      if constexpr (kWeighted) return select(confidence == T(0), T(0), slope);
-      return slope;
+      return confidence * (factor * inverse_norm_) * (T(1) + value - result);
     } else {
       auto largest = value == level_;
       if constexpr (kWeighted) largest = largest & (confidence != T(0));
@@ -162,26 +194,19 @@ class ViewAggregate {
     }
   }
 
-  TRITOOL_HD T confidence_slope(T value, T confidence, T result) const {
+  TRITOOL_HD T confidence_slope(T value, T confidence, T factor, T result) const {
     T slope = T(0);
     if constexpr (kBy == Aggregation::kSum) slope = value;
-    if constexpr (kBy == Aggregation::kMean) slope = (value - result) / norm_;
-    if constexpr (kBy == Aggregation::kSoftmax) slope = probability(value, confidence) * (value - result);
+    if constexpr (kBy == Aggregation::kMean) slope = inverse_norm_ * (value - result);
+    if constexpr (kBy == Aggregation::kSoftmax) slope = factor * inverse_norm_ * (value - result);
     return select(confidence == T(0), T(0), slope);
   }
 
  private:
   static constexpr double kLog2OfE = 1.4426950408889634074;
 
-  // exp(value) / sum of confidence exp(value). An absent view may lie above the level: not infinity * 0.
-  TRITOOL_HD T probability(T value, T confidence) const {
-    T difference = value - level_;
-    if constexpr (kWeighted) difference = select(confidence == T(0), T(0), difference);
-    return exp2_(difference * T(Real<T>(kLog2OfE))) / norm_;
-  }
-
-  T norm_ = T(0), total_ = T(0);
-  T level_ = T(0) - infinity<T>();
+  T norm_ = T(0), total_ = T(0), inverse_norm_ = T(0);
+  T level_ = T(0) - infinity<T>(), seen_ = T(0) - infinity<T>();
   T left_ = T(1);  // of the maximum's gradient
 };
 
