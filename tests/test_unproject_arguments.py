@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `ops.unproject` says to bad arguments, and that its raw ops survive them."""
+"""What `ops.unproject` says to bad arguments; its raw ops: memory safety, plain PyTorch."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
+import scenes
 import torch
 from torch import Tensor
 
 from tritool import VoxelGrid, ops
+from tritool.ops import composite
 
 B, C, K, H, W = 2, 3, 4, 6, 7
 FEATURES = torch.zeros(B, C, K, H, W)
@@ -237,3 +241,63 @@ def test_raw_op_takes_any_strides(device: str) -> None:
     want = torch.ops.tritool.unproject(*plain, *options)
     torch.testing.assert_close(have, want, rtol=0, atol=0)
     assert (want != 0).any()
+
+
+# ---- Plain PyTorch in the kernels' place ----
+
+
+def spoilt_scene(dtype: torch.dtype, weighted: bool) -> list[Any]:
+    """Features, projections, frame and confidences of six items, the last five with a defect each.
+
+    A NaN pixel; a NaN matrix; confidences that are 0, of which one view's matrix is NaN; negative,
+    NaN and infinite confidences; a matrix of which the depth is infinite.
+    """
+    scene = scenes.unprojection(
+        np.random.default_rng(0),
+        batch=(6, 6, 6, 6),
+        channels=5,
+        size=(5, 4, 3),
+        confidences="channels",
+    )
+    features, projections, origin, axes, w = (torch.as_tensor(x) for x in scene.operands())
+    features[1, 0, 2, 3, 4] = torch.nan
+    projections[2, 1] = torch.nan
+    projections[3, 1] = torch.nan
+    w[3, 1] = 0
+    w[3, 2, 1:3] = 0
+    w[4, 0, 0], w[4, 1, 1], w[4, 2, 2] = -1.0, torch.nan, torch.inf
+    projections[5, 0, 2, 3] = torch.inf
+    tensors = [features, projections, torch.cat([origin[:, None], axes], 1), w]
+    tensors = [x.to(dtype) for x in tensors]
+    return [*tensors[:3], tensors[3] if weighted else None, (5, 4, 3)]
+
+
+@pytest.mark.parametrize("exclude", [False, True], ids=["zeros", "exclude"])
+@pytest.mark.parametrize("aggregation", range(4), ids=scenes.AGGREGATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_composite_agrees_with_the_kernels(
+    dtype: torch.dtype, aggregation: int, exclude: bool
+) -> None:
+    rounding = 1e-5 if dtype == torch.float32 else 1e-11
+    for weighted, official, last in itertools.product((True, False), repeat=3):
+        arguments = (*spoilt_scene(dtype, weighted), aggregation, exclude, official)
+        have = composite.unproject(*arguments, last)
+        want = torch.ops.tritool.unproject(*arguments, last)
+        assert have.stride() == want.stride()
+        assert have.dtype == want.dtype
+        torch.testing.assert_close(have, want, rtol=0, atol=rounding, equal_nan=True)
+        assert want[0].isfinite().all()
+        assert want[1:3].isnan().flatten(1).any(-1).all()
+        # A gradient of NaN where the volume is NaN must not get through.
+        grad = torch.where(want.isnan(), torch.nan, torch.ones_like(want).cumsum(-1).cos())
+        if aggregation < 2:  # but for features, as these are linear in them
+            grad = grad.nan_to_num(nan=0.5)
+        options = (False, True, True, True, weighted)
+        got = composite.unproject_backward(grad, *arguments, *options)
+        wanted = torch.ops.tritool.unproject_backward(grad, *arguments, *options)
+        for g, w in zip(got, wanted, strict=True):
+            assert g.shape == w.shape
+            assert g.dtype == w.dtype
+            assert w.isfinite().all()
+            size = float(w.abs().max()) if w.numel() else 0.0
+            torch.testing.assert_close(g, w, rtol=0, atol=10 * rounding * size)
