@@ -15,8 +15,9 @@ namespace cpu {
 namespace TRITOOL_ISA {
 namespace {
 
-constexpr int kBlock = int(kUnprojectBlock);
-using Lanes = Pack<double, kBlock>;
+constexpr int kBlock = int(kUnprojectBlock);  // a multiple of the lanes of every type
+using Lanes = NativePack<double>;
+constexpr int kLanes = Lanes::kLanes;
 
 // Memory of one call, released with it.
 template <class E>
@@ -36,8 +37,6 @@ class Scratch {
   E* data_;
 };
 
-enum State : uint8_t { kUnseen, kSeen, kUnknown };
-
 // Where one view samples a block of voxels.
 template <class T>
 struct BlockTaps {
@@ -45,13 +44,7 @@ struct BlockTaps {
   T weight[4][kBlock];
   T slope_x[4][kBlock];  // d weight / d pixel
   T slope_y[4][kBlock];
-  State state[kBlock];
-};
-
-// One item's geometry.
-struct Item {
-  double frame[4][3];
-  const double* matrices;  // [C, 3, 4]
+  int32_t column[kBlock];  // of math/unproject.h's Cell: whether the voxel is seen
 };
 
 template <class In>
@@ -73,10 +66,31 @@ void load_confidences(const UnprojectParams<In>& params, const Accumulator<In>* 
                     : Accumulator<In>(1);
 }
 
-// Index coordinates and world coordinates of a block of voxels; lanes past the last voxel repeat it.
+template <class P, class T = Real<P>>
+TRITOOL_HD P load_pack(const T* from) {
+  P pack;
+  memcpy(&pack.v, from, sizeof pack.v);
+  return pack;
+}
+template <class P, class T = Real<P>>
+TRITOOL_HD void store_pack(T* to, const P& pack) {
+  memcpy(to, &pack.v, sizeof pack.v);
+}
+// double lanes to float lanes, or to themselves.
+template <class T>
+TRITOOL_HD void store_converted(T* to, const Lanes& lanes) {
+  using Narrow = Pack<T, kLanes>;
+  store_pack(to, Narrow::of(__builtin_convertvector(lanes.v, typename Narrow::Vector)));
+}
+
+// Index coordinates and world coordinates of a block of voxels, axis by axis; those past the last voxel repeat it.
 struct BlockPoints {
-  Lanes index[3];
-  Lanes world[3];
+  alignas(64) double index[3][kBlock];
+  alignas(64) double world[3][kBlock];
+
+  TRITOOL_HD void load(const double (&axes)[3][kBlock], int lane, Lanes (&lanes)[3]) const {
+    for (int a = 0; a < 3; ++a) lanes[a] = load_pack<Lanes>(axes[a] + lane);
+  }
 };
 
 template <class In>
@@ -85,16 +99,17 @@ void load_points(const UnprojectParams<In>& params, const Accumulator<In>* grid,
   if (params.grid_size[0] == 0) {
     for (int lane = 0; lane < kBlock; ++lane) {
       const auto* point = grid + (first + (lane < lanes ? lane : lanes - 1)) * params.grid_stride[0];
-      for (int a = 0; a < 3; ++a) points.world[a].v[lane] = double(point[a * params.grid_stride[1]]);
+      for (int a = 0; a < 3; ++a) points.world[a][lane] = double(point[a * params.grid_stride[1]]);
     }
     return;
   }
   const int64_t depth = params.grid_size[1], width = params.grid_size[2];
-  int64_t k = first % width, j = first / width % depth, i = first / width / depth;
+  const int64_t line = first / width;
+  int64_t k = first - line * width, i = line / depth, j = line - i * depth;
   for (int lane = 0; lane < kBlock; ++lane) {
-    points.index[0].v[lane] = double(i);
-    points.index[1].v[lane] = double(j);
-    points.index[2].v[lane] = double(k);
+    points.index[0][lane] = double(i);
+    points.index[1][lane] = double(j);
+    points.index[2][lane] = double(k);
     if (lane + 1 >= lanes) continue;
     if (++k == width) {
       k = 0;
@@ -108,17 +123,17 @@ void load_points(const UnprojectParams<In>& params, const Accumulator<In>* grid,
   for (int row = 0; row < 4; ++row)
     for (int a = 0; a < 3; ++a)
       frame[row][a] = Lanes(double(grid[row * params.grid_stride[0] + a * params.grid_stride[1]]));
-  voxel_center(frame, points.index[0], points.index[1], points.index[2], points.world);
+  for (int lane = 0; lane < kBlock; lane += kLanes) {
+    Lanes index[3], world[3];
+    points.load(points.index, lane, index);
+    voxel_center(frame, index[0], index[1], index[2], world);
+    for (int a = 0; a < 3; ++a) store_pack(points.world[a] + lane, world[a]);
+  }
 }
 
 TRITOOL_HD void load_matrix(const double* matrix, Lanes (&lanes)[3][4]) {
   for (int i = 0; i < 3; ++i)
     for (int j = 0; j < 4; ++j) lanes[i][j] = Lanes(matrix[4 * i + j]);
-}
-
-template <class T>
-TRITOOL_HD void store_lanes(T* to, const Lanes& lanes) {
-  for (int lane = 0; lane < kBlock; ++lane) to[lane] = T(lanes.v[lane]);
 }
 
 template <class In>
@@ -127,41 +142,55 @@ FeatureMap<double> feature_map(const UnprojectParams<In>& params) {
   return {width, height, params.official ? (width - 1) / height : 1.0, params.official ? (height - 1) / width : 1.0};
 }
 
+// Whole lanes as integers.
+template <class T, int N>
+TRITOOL_HD typename PackMask<T, N>::Vector integers(const Pack<T, N>& whole) {
+  return __builtin_convertvector(whole.v, typename PackMask<T, N>::Vector);
+}
+template <class Vector>
+TRITOOL_HD void store_integers(int32_t* to, const Vector& integers) {
+  constexpr int kCount = sizeof(Vector) / sizeof(integers[0]);
+  for (int n = 0; n < kCount; ++n) to[n] = int32_t(integers[n]);
+}
+
 template <bool kSlopes, class In>
 void find_taps(const UnprojectParams<In>& params, const BlockPoints& points, const double* matrix,
                BlockTaps<Accumulator<In>>& taps) {
+  using T = Accumulator<In>;
+  using P = NativePack<T>;
+  alignas(64) T column[kBlock], row[kBlock], fraction_x[kBlock], fraction_y[kBlock];
   const FeatureMap<double> map = feature_map(params);
   const FeatureMap<Lanes> map_lanes{Lanes(map.width), Lanes(map.height), Lanes(map.scale_x), Lanes(map.scale_y)};
   Lanes matrix_lanes[3][4];
   load_matrix(matrix, matrix_lanes);
-  const Footprint<Lanes> footprint = footprint_of(points.world, matrix_lanes, map_lanes);
-  const Lanes row = Lanes(double(params.rows.row)), line = Lanes(double(params.rows.row * params.width));
-  for (int j = 0; j < 2; ++j) {
-    for (int i = 0; i < 2; ++i) {
-      const int tap = 2 * j + i;
-      // Exact: a map has fewer than 2^31 elements.
-      const Lanes offset = footprint.row[j] * line + footprint.column[i] * row;
-      for (int lane = 0; lane < kBlock; ++lane) taps.offset[tap][lane] = int32_t(offset.v[lane]);
-      store_lanes(taps.weight[tap], footprint.along_x[i] * footprint.along_y[j]);
-      if constexpr (kSlopes) {
-        store_lanes(taps.slope_x[tap], footprint.slope_x[i] * footprint.along_y[j]);
-        store_lanes(taps.slope_y[tap], footprint.along_x[i] * footprint.slope_y[j]);
+  for (int lane = 0; lane < kBlock; lane += kLanes) {
+    Lanes world[3];
+    points.load(points.world, lane, world);
+    const Cell<Lanes> cell = cell_of(world, matrix_lanes, map_lanes);
+    store_converted(column + lane, cell.column);
+    store_converted(row + lane, cell.row);
+    store_converted(fraction_x + lane, cell.fraction_x);
+    store_converted(fraction_y + lane, cell.fraction_y);
+  }
+  const auto row_size = int32_t(params.rows.row), line_size = int32_t(params.rows.row * params.width);
+  for (int lane = 0; lane < kBlock; lane += P::kLanes) {
+    const Cell<P> cell{load_pack<P>(column + lane), load_pack<P>(row + lane), load_pack<P>(fraction_x + lane),
+                       load_pack<P>(fraction_y + lane)};
+    const Footprint<P> footprint = footprint_of(cell, P(T(params.width)), P(T(params.height)));
+    store_integers(taps.column + lane, integers(cell.column));
+    for (int j = 0; j < 2; ++j) {
+      for (int i = 0; i < 2; ++i) {
+        const int tap = 2 * j + i;
+        store_integers(taps.offset[tap] + lane,
+                       integers(footprint.row[j]) * line_size + integers(footprint.column[i]) * row_size);
+        store_pack(taps.weight[tap] + lane, footprint.along_x[i] * footprint.along_y[j]);
+        if constexpr (kSlopes) {
+          store_pack(taps.slope_x[tap] + lane, footprint.slope_x[i] * footprint.along_y[j]);
+          store_pack(taps.slope_y[tap] + lane, footprint.along_x[i] * footprint.slope_y[j]);
+        }
       }
     }
   }
-  for (int lane = 0; lane < kBlock; ++lane)
-    taps.state[lane] = footprint.seen.v[lane] ? kSeen : footprint.unknown.v[lane] ? kUnknown : kUnseen;
-}
-
-template <class P, class T = Real<P>>
-TRITOOL_HD P load_pack(const T* from) {
-  P pack;
-  memcpy(&pack.v, from, sizeof pack.v);
-  return pack;
-}
-template <class P, class T = Real<P>>
-TRITOOL_HD void store_pack(T* to, const P& pack) {
-  memcpy(to, &pack.v, sizeof pack.v);
 }
 
 // kPacks packs of the channels of one voxel in one view.
@@ -209,10 +238,10 @@ TRITOOL_HD void aggregate(const Views<Real<P>>& views, int lane, int64_t channel
   using T = Real<P>;
   for (int view = 0; view < views.count; ++view) {
     const BlockTaps<T>& taps = views.taps[view];
-    const State state = taps.state[lane];
-    if (state == kUnseen && views.exclude) continue;
+    const int column = taps.column[lane];
+    if (column == kUnseenColumn && views.exclude) continue;
     P value[kPacks];
-    if (state == kSeen && sampled) {
+    if (column >= -1 && sampled) {
       sample(taps, lane, views.features + view * views.map + channel, value);
     } else {
       for (int p = 0; p < kPacks; ++p) value[p] = P(T(0));
@@ -220,7 +249,7 @@ TRITOOL_HD void aggregate(const Views<Real<P>>& views, int lane, int64_t channel
     for (int p = 0; p < kPacks; ++p) {
       if (kept != nullptr && view < kKept) kept[view][p] = value[p];
       const P confidence = confidence_of<P, kWeighted>(views, view, channel + p * P::kLanes);
-      if (state == kUnknown)
+      if (column == kUnknownColumn)
         result[p].add_unknown(confidence);
       else
         result[p].add(value[p], confidence);
@@ -266,12 +295,12 @@ void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, cons
     }
     for (int view = 0; view < views.count; ++view) {
       const BlockTaps<T>& taps = views.taps[view];
-      const State state = taps.state[lane];
-      if (state == kUnknown || (state == kUnseen && views.exclude)) continue;
+      const int column = taps.column[lane];
+      if (column == kUnknownColumn || (column == kUnseenColumn && views.exclude)) continue;
       P value[kPacks], grad_value[kPacks];
       if (view < kKept) {
         for (int p = 0; p < kPacks; ++p) value[p] = kept[view][p];
-      } else if (state == kSeen && sampled) {
+      } else if (column >= -1 && sampled) {
         sample(taps, lane, views.features + view * views.map + channel, value);
       } else {
         for (int p = 0; p < kPacks; ++p) value[p] = P(T(0));
@@ -287,7 +316,7 @@ void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, cons
           store_pack(sum, load_pack<P>(sum) + share);
         }
       }
-      if (state != kSeen) continue;
+      if (column < -1) continue;
       if (sums.features != nullptr) {
         T* map = sums.features + view * views.map + channel;
         for (int tap = 0; tap < 4; ++tap) {
@@ -538,25 +567,29 @@ class SmallSums {
   // The gradients to the pixels of a block, taken on to projections and points.
   void add_pixels(ItemViews<In>& item, const T* pixels, int lanes, T* grad_points) {
     const FeatureMap<double> map = feature_map(params_);
-    Lanes grad_world[3] = {Lanes(0.0), Lanes(0.0), Lanes(0.0)};
-    for (int view = 0; view < params_.views; ++view) {
-      Lanes matrix[3][4], grad_matrix[3][4], grad[2];
-      load_matrix(item.matrix(view), matrix);
-      for (int a = 0; a < 2; ++a)
-        for (int lane = 0; lane < kBlock; ++lane)
-          grad[a].v[lane] = double(pixels[(2 * view + a) * kBlock + lane]) * (a == 0 ? map.scale_x : map.scale_y);
-      project_point_vjp(item.points.world, matrix, grad, grad_world, grad_matrix);
-      for (int i = 0; i < 3; ++i)
-        for (int j = 0; j < 4; ++j)
-          matrices_[12 * view + 4 * i + j] = matrices_[12 * view + 4 * i + j] + grad_matrix[i][j];
-    }
-    for (int a = 0; a < 3; ++a) {
-      if (grad_points != nullptr)
-        for (int lane = 0; lane < lanes; ++lane) grad_points[3 * lane + a] = T(grad_world[a].v[lane]);
+    for (int lane = 0; lane < kBlock; lane += kLanes) {
+      Lanes index[3], world[3], grad_world[3] = {Lanes(0.0), Lanes(0.0), Lanes(0.0)};
+      item.points.load(item.points.world, lane, world);
+      for (int view = 0; view < params_.views; ++view) {
+        Lanes matrix[3][4], grad_matrix[3][4], grad[2];
+        load_matrix(item.matrix(view), matrix);
+        for (int a = 0; a < 2; ++a)
+          for (int n = 0; n < kLanes; ++n)
+            grad[a].v[n] = double(pixels[(2 * view + a) * kBlock + lane + n]) * (a == 0 ? map.scale_x : map.scale_y);
+        project_point_vjp(world, matrix, grad, grad_world, grad_matrix);
+        for (int i = 0; i < 3; ++i)
+          for (int j = 0; j < 4; ++j)
+            matrices_[12 * view + 4 * i + j] = matrices_[12 * view + 4 * i + j] + grad_matrix[i][j];
+      }
+      for (int a = 0; a < 3; ++a)
+        for (int n = 0; grad_points != nullptr && n < kLanes && lane + n < lanes; ++n)
+          grad_points[3 * (lane + n) + a] = T(grad_world[a].v[n]);
       if (!frame_wanted_) continue;
-      frame_[a] = frame_[a] + grad_world[a];
-      for (int n = 0; n < 3; ++n)
-        frame_[3 * (n + 1) + a] = frame_[3 * (n + 1) + a] + grad_world[a] * item.points.index[n];
+      item.points.load(item.points.index, lane, index);
+      for (int a = 0; a < 3; ++a) {
+        frame_[a] = frame_[a] + grad_world[a];
+        for (int n = 0; n < 3; ++n) frame_[3 * (n + 1) + a] = frame_[3 * (n + 1) + a] + grad_world[a] * index[n];
+      }
     }
   }
 
@@ -570,8 +603,8 @@ class SmallSums {
 
   // [C, 12], [12], [C, row]
   void store(double* to) {
-    for (int64_t n = 0; n < params_.views * 12; ++n) *to++ = sum_lanes(matrices_[n], kBlock);
-    for (int64_t n = 0; n < 12; ++n) *to++ = sum_lanes(frame_[n], kBlock);
+    for (int64_t n = 0; n < params_.views * 12; ++n) *to++ = sum_lanes(matrices_[n], kLanes);
+    for (int64_t n = 0; n < 12; ++n) *to++ = sum_lanes(frame_[n], kLanes);
     for (int64_t n = 0; n < params_.views * params_.rows.row; ++n) *to++ = confidences_total_[n];
   }
 

@@ -104,11 +104,18 @@ __device__ __forceinline__ void load_matrix(const Geometry<T>* geometry, int vie
 }
 
 template <class T>
-__device__ __forceinline__ Footprint<T> find_footprint(const Geometry<T>* geometry, int view, const T (&world)[3]) {
+struct Sight {
+  bool seen, unknown;
+  Footprint<T> footprint;
+};
+
+template <class T>
+__device__ __forceinline__ Sight<T> sight_of(const Geometry<T>* geometry, int view, const T (&world)[3]) {
   T matrix[3][4];
   load_matrix(geometry, view, matrix);
   const FeatureMap<T> map{geometry->map[0], geometry->map[1], geometry->map[2], geometry->map[3]};
-  return footprint_of(world, matrix, map);
+  const Cell<T> cell = cell_of(world, matrix, map);
+  return {cell.column >= T(-1), cell.column == T(kUnknownColumn), footprint_of(cell, map.width, map.height)};
 }
 
 template <class T>
@@ -154,13 +161,13 @@ __device__ __forceinline__ void aggregate(const UnprojectParams<In>& params, con
   const In* features = feature_rows(params, offset) + channel;
 #pragma unroll 1  // several views at once would spill registers
   for (int view = 0; view < params.views; ++view) {
-    const Footprint<T> footprint = find_footprint(geometry, view, world);
-    if (!footprint.seen && !footprint.unknown && params.exclude) continue;
+    const Sight<T> sight = sight_of(geometry, view, world);
+    if (!sight.seen && !sight.unknown && params.exclude) continue;
     T value[kWidth] = {};
-    if (footprint.seen) sample(features + view * params.rows.view, footprint, params.width, params.rows.row, value);
+    if (sight.seen) sample(features + view * params.rows.view, sight.footprint, params.width, params.rows.row, value);
     for (int n = 0; n < kWidth; ++n) {
       const T confidence = confidence_of(params, offset, view, channel + n);
-      if (footprint.unknown)
+      if (sight.unknown)
         result[n].add_unknown(confidence);
       else
         result[n].add(value[n], confidence);
@@ -404,12 +411,13 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>)
 #pragma unroll 1
         for (int view = 0; view < params.views; ++view) {
           T along[2] = {T(0), T(0)}, share[kWidth] = {};
-          const Footprint<T> footprint = find_footprint(geometry, view, point.world);
-          const bool takes_part = there && !footprint.unknown && (footprint.seen || !params.exclude);
+          const Sight<T> sight = sight_of(geometry, view, point.world);
+          const Footprint<T>& footprint = sight.footprint;
+          const bool takes_part = there && !sight.unknown && (sight.seen || !params.exclude);
           if (takes_part) {
             const In* map = feature_rows(params, offset) + view * params.rows.view + channel;
             T value[kWidth] = {}, grad_value[kWidth];
-            if (footprint.seen) sample(map, footprint, params.width, params.rows.row, value);
+            if (sight.seen) sample(map, footprint, params.width, params.rows.row, value);
             for (int n = 0; n < kWidth; ++n) {
               const T confidence = confidence_of(params, offset, view, channel + n);
               const T slope = result_of[n].value_slope(value[n], confidence, result[n]);
@@ -417,7 +425,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>)
               if (confident && grad[n] != T(0))
                 share[n] = grad[n] * result_of[n].confidence_slope(value[n], confidence, result[n]);
             }
-            for (int tap = 0; footprint.seen && tap < 4; ++tap) {
+            for (int tap = 0; sight.seen && tap < 4; ++tap) {
               const int i = tap % 2, j = tap / 2;
               const unsigned at = tap_offset(footprint, tap, params.width, params.rows.row);
               const T weight = footprint.along_x[i] * footprint.along_y[j];

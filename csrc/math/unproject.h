@@ -20,26 +20,53 @@ struct FeatureMap {
   T scale_x, scale_y;
 };
 
-// Bilinear sampling is separable: pixel (column[i], row[j]) has weight along_x[i] along_y[j]. Pixels outside of the map
-// have weight and slope 0 and are moved to the border, so that they can be read.
+// Where a view samples its features for a voxel: the pixel (column, row) that is the lower corner of a cell, and the
+// fractions of a pixel beyond it. A view sees a voxel in front of it that is less than a pixel outside of the map; the
+// column of one that it does not see, or of which it cannot be said, is one of two numbers.
+template <class T>
+struct Cell {
+  T column, row;
+  T fraction_x, fraction_y;
+};
+constexpr int kUnseenColumn = -2, kUnknownColumn = -3;
+
+template <class T>
+TRITOOL_HD Cell<T> cell_of(const T (&point)[3], const T (&matrix)[3][4], const FeatureMap<T>& map) {
+  T image[3];
+  image_of(point, matrix, image);
+  const T inverse = T(1) / image[2];
+  const T x = image[0] * inverse * map.scale_x, y = image[1] * inverse * map.scale_y;
+  const auto behind = image[2] <= T(0);
+  // Infinite pixels are known to be outside; those that are not numbers are not, nor is what lies at infinity.
+  const auto unknown = (!behind) & ((!is_finite(image[2])) | is_nan(x) | is_nan(y));
+  const auto seen = (image[2] > T(0)) & (x > T(-1)) & (x < map.width) & (y > T(-1)) & (y < map.height) & (!unknown);
+  Cell<T> cell;
+  cell.column = T(0) - ceil_(T(0) - x);  // floor
+  cell.row = T(0) - ceil_(T(0) - y);
+  cell.fraction_x = select(seen, x - cell.column, T(0));
+  cell.fraction_y = select(seen, y - cell.row, T(0));
+  cell.column = select(seen, cell.column, select(unknown, T(kUnknownColumn), T(kUnseenColumn)));
+  cell.row = select(seen, cell.row, T(0));
+  return cell;
+}
+
+// Bilinear sampling is separable: the pixel with number place[n] along an axis, 0 or 1, has the weight along[n], whose
+// derivative is slope[n]. Pixels outside of the map have weight and slope 0 and are moved to the border, so that they
+// can be read; so have all of a view that does not see the voxel.
 template <class T>
 struct Footprint {
-  Mask<T> seen;     // in front of the camera and less than a pixel outside of the map; all else is 0 where it is not
-  Mask<T> unknown;  // the projection is not a number
   T column[2], row[2];
   T along_x[2], along_y[2];
-  T slope_x[2], slope_y[2];  // d along / d pixel
+  T slope_x[2], slope_y[2];
 };
 
 template <class T>
-TRITOOL_HD void footprint_along(T pixel, T size, Mask<T> seen, T (&place)[2], T (&along)[2], T (&slope)[2]) {
-  const T position = select(seen, pixel, T(0));
-  const T low = T(0) - ceil_(T(0) - position), high = low + T(1);  // ceil(-x) = -floor(x)
-  const T fraction = position - low;
-  const auto low_inside = seen & (low >= T(0));
-  const auto high_inside = seen & (high < size);
+TRITOOL_HD void footprint_along(T low, T fraction, T size, T (&place)[2], T (&along)[2], T (&slope)[2]) {
+  const T high = low + T(1);
+  const auto low_inside = low >= T(0);
+  const auto high_inside = (high >= T(0)) & (high < size);
   place[0] = max_(low, T(0));
-  place[1] = select(high < size, high, low);
+  place[1] = select(high_inside, high, place[0]);
   along[0] = select(low_inside, T(1) - fraction, T(0));
   along[1] = select(high_inside, fraction, T(0));
   slope[0] = select(low_inside, T(-1), T(0));
@@ -47,17 +74,10 @@ TRITOOL_HD void footprint_along(T pixel, T size, Mask<T> seen, T (&place)[2], T 
 }
 
 template <class T>
-TRITOOL_HD Footprint<T> footprint_of(const T (&point)[3], const T (&matrix)[3][4], const FeatureMap<T>& map) {
-  T image[3];
-  image_of(point, matrix, image);
-  const T x = image[0] / image[2] * map.scale_x, y = image[1] / image[2] * map.scale_y;
+TRITOOL_HD Footprint<T> footprint_of(const Cell<T>& cell, T width, T height) {
   Footprint<T> result;
-  const auto behind = image[2] <= T(0);
-  result.seen = (!behind) & is_finite(image[2]) & (x > T(-1)) & (x < map.width) & (y > T(-1)) & (y < map.height);
-  result.unknown =
-      (!behind) & ((!is_finite(image[2])) | is_nan(x) | is_nan(y));  // infinite pixels are known to be outside
-  footprint_along(x, map.width, result.seen, result.column, result.along_x, result.slope_x);
-  footprint_along(y, map.height, result.seen, result.row, result.along_y, result.slope_y);
+  footprint_along(cell.column, cell.fraction_x, width, result.column, result.along_x, result.slope_x);
+  footprint_along(cell.row, cell.fraction_y, height, result.row, result.along_y, result.slope_y);
   return result;
 }
 
