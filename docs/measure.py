@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ sys.path.insert(0, str(DOCS.parent / "tests"))
 import rigs  # noqa: E402
 import scenes  # noqa: E402
 
+import tritool  # noqa: E402
 from tritool import _native, ops, reference  # noqa: E402
 
 Array = npt.NDArray[Any]
@@ -314,6 +315,113 @@ def alignment_gradient_errors(count: int) -> str:
     return table(["points", *head], lines)
 
 
+# ---- Unprojection ----
+
+
+class Unprojection(NamedTuple):
+    """Four cameras of 4 to 5.5 m around a cube of 2.5 m, noise for features."""
+
+    features: torch.Tensor  # [1, 4, 32, H, W]
+    projections: torch.Tensor  # [1, 4, 3, 4]
+    confidences: torch.Tensor  # [1, 4, 32]
+    grid: tritool.VoxelGrid
+    frame: tuple[Array, Array, tuple[int, int, int]]  # the same in float64
+
+
+def unprojection(side: int) -> Unprojection:
+    """A cube of `side` voxels an edge; 64 have maps of 96 x 104 cells."""
+    height, width = 3 * side // 2, 13 * side // 8
+    rng = np.random.default_rng(0)
+    rig = rigs.look_at(
+        rigs.h36m4().centers, rigs.BOX_CENTER, focal=0.9 * width, image_size=(width, height)
+    )
+    features, projections, confidences, center = single(
+        rng.standard_normal((1, 4, 32, height, width)),
+        rig.projections[None],
+        rng.uniform(0.1, 1.0, (1, 4, 32)),
+        rigs.BOX_CENTER[None] + rng.uniform(-100.0, 100.0, (1, 3)),
+    )
+    grid = tritool.VoxelGrid.cube(center, side=2500.0, size=side)
+    origin, axes = double(grid.origin, grid.axes)
+    return Unprojection(features, projections, confidences, grid, (origin, axes, (side,) * 3))
+
+
+def by_grid_sample(scene: Unprojection, aggregation: str) -> torch.Tensor:
+    """Voxels by one matrix product to pixels, `grid_sample`, then the views put together."""
+    features = scene.features
+    points = scene.grid.points().flatten(1, -2)
+    world = torch.cat([points, torch.ones_like(points[..., :1])], -1)
+    image = (scene.projections @ world[:, None].mT).mT
+    last = torch.tensor(features.shape[:-3:-1]) - 1
+    places = 2 * (image[..., :2] / image[..., 2:]) / last - 1
+    sampled = torch.nn.functional.grid_sample(
+        features.flatten(0, 1), places.transpose(0, 1), align_corners=True
+    )
+    v, w = sampled[:, :, 0], scene.confidences[0, :, :, None]
+    if aggregation == "max":
+        volume = v.amax(0)
+    else:
+        w = w * (v - v.amax(0)).exp() if aggregation == "softmax" else w
+        volume = (w * v).sum(0) / (1 if aggregation == "sum" else w.sum(0))
+    return volume.unflatten(-1, scene.grid.size)[None]
+
+
+def unprojection_errors(side: int) -> str:
+    """Errors of the values, relative to the range that they have in the volume."""
+    scene = unprojection(side)
+    features, projections, confidences = double(*scene[:3])
+    lines = []
+    for aggregation in scenes.AGGREGATIONS:
+        exact = reference.unproject(
+            features, projections, scene.frame, aggregation=aggregation, confidences=confidences
+        )
+        results = [
+            ops.unproject(*scene[:2], scene.grid, aggregation=aggregation, confidences=scene[2]),
+            by_grid_sample(scene, aggregation),
+        ]
+        cells = [spread(np.abs(r.numpy() - exact) / np.ptp(exact)) for r in results]
+        lines.append([aggregation, *cells])
+    return table(["aggregation", "tritool", "`grid_sample`"], lines)
+
+
+def unprojection_gradient_errors(side: int) -> str:
+    """Largest error of each gradient, relative to its largest entry."""
+    scene = unprojection(side)
+    leaves = [x.requires_grad_() for x in (*scene[:3], scene.grid.origin)]
+    rng = np.random.default_rng(1)
+    (grad,) = single(rng.standard_normal((1, 32, *scene.grid.size)))
+    features, projections, confidences, exact_grad = double(*(x.detach() for x in scene[:3]), grad)
+    lines = []
+    for aggregation in scenes.AGGREGATIONS:
+        to_features, to_projections, to_frame, to_confidences = reference.unproject_vjp(
+            exact_grad,
+            features,
+            projections,
+            scene.frame,
+            aggregation=aggregation,
+            confidences=confidences,
+        )
+        results = [
+            ops.unproject(*scene[:2], scene.grid, aggregation=aggregation, confidences=scene[2]),
+            by_grid_sample(scene, aggregation),
+        ]
+        cells = [aggregation]
+        for result in results:
+            pulled = torch.autograd.grad(
+                result, leaves, grad, allow_unused=True, materialize_grads=True
+            )
+            for found, exact in zip(
+                pulled, (to_features, to_projections, to_confidences, to_frame[0]), strict=True
+            ):
+                largest = np.abs(exact).max()
+                error = np.abs(found.numpy() - exact).max()
+                cells.append(f"{error / largest:.1e}" if largest else "")
+        lines.append(cells)
+    gradients = ("features", "P", "w", "origin")
+    head = [f"{way}, {what}" for way in ("tritool", "`grid_sample`") for what in gradients]
+    return table(["aggregation", *head], lines)
+
+
 # ---- Soft-argmax ----
 
 
@@ -387,6 +495,8 @@ TABLES: dict[str, tuple[str, Callable[[int], str], int]] = {
     "determinacy": ("ops/triangulate.md", determinacy, 5000),
     "alignment": ("ops/rigid_align.md", alignment_errors, 20000),
     "alignment-gradient": ("ops/rigid_align.md", alignment_gradient_errors, 20000),
+    "unprojection": ("ops/unproject.md", unprojection_errors, 64),
+    "unprojection-gradient": ("ops/unproject.md", unprojection_gradient_errors, 64),
     "mean": ("ops/soft_argmax.md", mean_errors, 96),
 }
 
