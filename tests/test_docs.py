@@ -36,6 +36,8 @@ DOCTESTED = (
     "tritool.ops.unproject",
     "tritool.cameras",
     "tritool.grid",
+    "tritool.models.pose_resnet",
+    "tritool.models.v2v",
 )
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -30,8 +30,10 @@ int64_t check_inputs(const Inputs& inputs, int64_t aggregation, const char* op) 
                   inputs.size.size(), " numbers");
   int64_t points = inputs.size.empty() ? inputs.grid.size(-2) : 1;
   for (const int64_t n : inputs.size) {
-    STD_TORCH_CHECK(n > 0 && n < (int64_t(1) << 31), op, ": size must be positive, got ", n);
+    // Before the next factor, or the product could overflow.
+    STD_TORCH_CHECK(n > 0 && n < (int64_t(1) << 31), op, ": size must be positive and below 2^31, got ", n);
     points *= n;
+    STD_TORCH_CHECK(points < (int64_t(1) << 31), op, ": ", points, " voxels; fewer than 2^31 are supported");
   }
   STD_TORCH_CHECK(aggregation >= 0 && aggregation <= 3, op, ": aggregation must be from 0 to 3, got ", aggregation);
   // One view's map is addressed by 32 bits, its rows filled up to 16 elements or more.

@@ -144,7 +144,7 @@ def unproject_vjp(
     return (
         sum_to_shape(grad_features, np.shape(features)),
         sum_to_shape(grad_projections, np.shape(projections)),
-        _positions_vjp(grad_points.reshape(-1, *scene.shape, 3), grid),
+        _positions_vjp(grad_points.reshape(len(grad_points), *scene.shape, 3), grid),
         None if confidences is None else _confidences_vjp(grad_confidences, np.shape(confidences)),
     )
 

@@ -51,6 +51,7 @@ def unproject_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients that are wanted, and empty tensors for the others."""
     inputs = [features, projections, grid, confidences]
+    want_confidences = want_confidences and confidences is not None
     wanted = [want_features, want_projections, want_grid, want_confidences]
     grads = _gradient(grad, inputs, wanted, size, aggregation, exclude, official)
     results = [grads.pop(0) if want else features.new_empty(0) for want in wanted]
