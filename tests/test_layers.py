@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "tritool"
 
 # What the first file may include: a layer, "<name>" prefixes for system headers.
-STANDARD = re.compile(r"<(c?(math|stdint|string|stddef|stdlib)|utility|type_traits|limits)(\.h)?>")
+STANDARD = re.compile(r"<(c?(math|stdint|string|stddef|stdlib)|utility|type_traits|limits|immintrin)(\.h)?>")
 TORCH = re.compile(r"<torch/(csrc/stable|headeronly)/")
 
 # Which modules of the package each may import, besides its own folder.

@@ -92,12 +92,13 @@ TRITOOL_PACK TRITOOL_HD bool any(const PackMask<T, N>& mask) {
 TRITOOL_PACK TRITOOL_HD bool all(const PackMask<T, N>& mask) { return !any(!mask); }
 
 #if defined(__AVX512F__)
-// `a > b ? a : b` as one instruction, which the compiler does not make of a select.
+// `a > b ? a : b` as one instruction, which the compiler does not make of a select. Here and below with a mask of all
+// lanes: GCC 12 warns that the plain intrinsics use something uninitialised.
 TRITOOL_HD Pack<float, 16> max_(const Pack<float, 16>& a, const Pack<float, 16>& b) {
-  return Pack<float, 16>::of(_mm512_max_ps(a.v, b.v));
+  return Pack<float, 16>::of(_mm512_maskz_max_ps(0xffff, a.v, b.v));
 }
 TRITOOL_HD Pack<double, 8> max_(const Pack<double, 8>& a, const Pack<double, 8>& b) {
-  return Pack<double, 8>::of(_mm512_max_pd(a.v, b.v));
+  return Pack<double, 8>::of(_mm512_maskz_max_pd(0xff, a.v, b.v));
 }
 #endif
 
@@ -160,10 +161,10 @@ struct Exp2Constants<double> {
 
 #if defined(__AVX512DQ__)
 // 2^n to the power of whole n, times `mantissa`: one instruction, which knows of underflow and NaN.
-TRITOOL_HD __m512 scale_by_power(__m512 mantissa, __m512 n) { return _mm512_scalef_ps(mantissa, n); }
-TRITOOL_HD __m512d scale_by_power(__m512d mantissa, __m512d n) { return _mm512_scalef_pd(mantissa, n); }
-TRITOOL_HD __m512 beyond_nearest_integer(__m512 x) { return _mm512_reduce_ps(x, 0); }
-TRITOOL_HD __m512d beyond_nearest_integer(__m512d x) { return _mm512_reduce_pd(x, 0); }
+TRITOOL_HD __m512 scale_by_power(__m512 mantissa, __m512 n) { return _mm512_maskz_scalef_ps(0xffff, mantissa, n); }
+TRITOOL_HD __m512d scale_by_power(__m512d mantissa, __m512d n) { return _mm512_maskz_scalef_pd(0xff, mantissa, n); }
+TRITOOL_HD __m512 beyond_nearest_integer(__m512 x) { return _mm512_maskz_reduce_ps(0xffff, x, 0); }
+TRITOOL_HD __m512d beyond_nearest_integer(__m512d x) { return _mm512_maskz_reduce_pd(0xff, x, 0); }
 #endif
 
 TRITOOL_PACK TRITOOL_HD Pack<T, N> exp2_(const Pack<T, N>& x) {
