@@ -184,7 +184,9 @@ class ViewAggregate {
     } else if constexpr (kBy == Aggregation::kMean) {
       return confidence * inverse_norm_;
     } else if constexpr (kBy == Aggregation::kSoftmax) {
-      return confidence * (factor * inverse_norm_) * (T(1) + value - result);
+      const T slope = confidence * (factor * inverse_norm_) * (T(1) + value - result);
+      if constexpr (kWeighted) return select(confidence == T(0), T(0), slope);  // its value may be NaN
+      return slope;
     } else {
       auto largest = value == level_;
       if constexpr (kWeighted) largest = largest & (confidence != T(0));
