@@ -303,9 +303,7 @@ def test_depths_where_p_is_zero_do_not_count(absent: float) -> None:
         np.testing.assert_array_equal(again, gradients)
 
 
-@pytest.mark.parametrize(
-    "bad", [np.nan, np.inf, -np.inf, [np.inf, -np.inf], [np.nan, np.inf]]
-)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, [np.inf, -np.inf], [np.nan, np.inf]])
 def test_a_mean_depth_that_is_not_finite_spoils_the_depth_alone(bad: float | list[float]) -> None:
     rng = np.random.default_rng(10)
     heatmaps, depths, grad = (rng.normal(size=(2, *s)) for s in ((4, 5), (4, 5), (3,)))
