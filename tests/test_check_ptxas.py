@@ -72,7 +72,7 @@ def test_vector_kernels_are_known_by_name(kernel: str, width: int | None) -> Non
 
 
 def test_names_of_kernels_lose_namespaces_and_parameters() -> None:
-    """As nvcc 13 has them: anonymous namespaces by a hash, enumerators and numbers by their value."""
+    """As nvcc has them: anonymous namespaces by a hash, enumerators by their number."""
     if shutil.which("c++filt") is None:
         pytest.skip(reason="no c++filt here")
     unit = "_GLOBAL__N__8e7ab3ad_17_unproject_cuda_cu_2c8f40e1_30551"
