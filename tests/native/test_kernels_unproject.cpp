@@ -83,7 +83,10 @@ const std::vector<UnprojectCase> kCases{
      3,
      {5, 5, 6},
      Layout::kChannelsLast,
-     false, false, 4, 2},
+     false,
+     false,
+     4,
+     2},
     {"no voxel", {2, 1}, {2, 1}, {2, 1}, {2, 1}, {2, 1}, 2, 3, 4, 5, {0}, Layout::kChannelsLast},
     {"no view", {2, 1}, {2, 1}, {2, 1}, {2, 1}, {2, 1}, 0, 3, 4, 5, {2, 3, 2}, Layout::kChannelsFirst},
     {"no channel", {2, 1}, {2, 1}, {2, 1}, {2, 1}, {2, 1}, 2, 0, 4, 5, {2, 3, 2}, Layout::kChannelsFirst},
@@ -318,8 +321,8 @@ Exact exact_results(const UnprojectCase& shape, Aggregation by, const Operands<I
   return exact;
 }
 
-// NaN in the same places, and apart by no more than `bound` of the largest number, which counts as 1 at least: gradients
-// may be nothing but rounding. `exact` is in row-major order.
+// NaN in the same places, and apart by no more than `bound` of the largest number, which counts as 1 at least:
+// gradients may be nothing but rounding. `exact` is in row-major order.
 template <class T>
 bool close_to(const Owned<T>& found, const std::vector<double>& exact, double bound) {
   double scale = 1, apart = 0;
