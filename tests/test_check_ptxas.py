@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -57,8 +58,10 @@ def test_accesses_of_global_memory_are_counted_by_width() -> None:
     [
         ("moments_rows_kernel<Float16, true, 8>", 8),
         ("moments_backward_rows_kernel<double, 1>", 1),
-        ("unproject_kernel<float, 2, 4>", 4),
-        ("unproject_backward_kernel<BFloat16, true, 8>", 8),
+        ("moments_rows_kernel<double, (Keep)2, 2>", 2),
+        ("unproject_kernel<float, (Aggregation)2, 4>", 4),
+        ("unproject_backward_kernel<BFloat16, (Aggregation)0, 8>", 8),
+        ("unproject_features_kernel<float, true>", None),
         ("moments_lanes_kernel<float, true>", None),
         ("triangulate_kernel<float>", None),
     ],
@@ -66,3 +69,15 @@ def test_accesses_of_global_memory_are_counted_by_width() -> None:
 def test_vector_kernels_are_known_by_name(kernel: str, width: int | None) -> None:
     found = [int(match[1]) for rule in check_ptxas.VECTOR_KERNELS if (match := rule.search(kernel))]
     assert found == ([] if width is None else [width])
+
+
+def test_names_of_kernels_lose_namespaces_and_parameters() -> None:
+    """As nvcc has them: anonymous namespaces by a hash, enumerators by their number."""
+    if shutil.which("c++filt") is None:
+        pytest.skip(reason="no c++filt here")
+    unit = "_GLOBAL__N__8e7ab3ad_17_unproject_cuda_cu_2c8f40e1_30551"
+    mangled = (
+        f"_ZN7tritool{len(unit)}{unit}16unproject_kernelIfLNS_8baseline11AggregationE2ELi4EEEv"
+        "NS_15UnprojectParamsIT_EENS0_6TilingE"
+    )
+    assert check_ptxas.demangle([mangled])[mangled] == "unproject_kernel<float, (Aggregation)2, 4>"

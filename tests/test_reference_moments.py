@@ -303,12 +303,13 @@ def test_depths_where_p_is_zero_do_not_count(absent: float) -> None:
         np.testing.assert_array_equal(again, gradients)
 
 
-def test_a_nan_depth_spoils_the_depth_alone() -> None:
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, [np.inf, -np.inf], [np.nan, np.inf]])
+def test_a_mean_depth_that_is_not_finite_spoils_the_depth_alone(bad: float | list[float]) -> None:
     rng = np.random.default_rng(10)
     heatmaps, depths, grad = (rng.normal(size=(2, *s)) for s in ((4, 5), (4, 5), (3,)))
     clean = reference.soft_argmax25d(heatmaps, depths)
     clean_gradients = reference.soft_argmax25d_vjp(grad, heatmaps, depths)
-    depths[1, 0, 3] = np.nan
+    depths[1, 0, 3:5] = bad
     found = reference.soft_argmax25d(heatmaps, depths)
     assert np.isnan(found[1, 2])
     np.testing.assert_array_equal(found[1, :2], clean[1, :2])

@@ -395,6 +395,29 @@ def test_in_float32_the_threshold_keeps_what_determines_a_motion(sets: scenes.Po
     assert determined.all() or sets.weights is not None or sets.kind == "three points"
 
 
+def test_what_is_not_correlated_determines_no_motion() -> None:
+    """M is then nothing but rounding, whose singular values look as sound as any."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        to_one_side, same = rng.normal(0.0, 400.0, (2, 6, 3))
+        source = np.concatenate([to_one_side, -to_one_side]) + rng.normal(0.0, 400.0, 3)
+        target = np.concatenate([same, same]) + rng.normal(0.0, 400.0, 3)
+        m = (target - target.mean(0)).T @ (source - source.mean(0))
+        values = np.linalg.svd(m)[1]
+        assert values[1] - values[2] > 1e-13 * values[0] > 0.0
+        for with_scale in (False, True):
+            for part in reference.rigid_align(source, target, with_scale=with_scale):
+                assert np.isnan(part).all()
+            grads = (np.full((3, 3), np.nan), np.ones(3), np.array(1.0))
+            gradients = reference.rigid_align_vjp(grads, source, target, with_scale=with_scale)
+            assert gradients[2] is None
+            for gradient in gradients[:2]:
+                assert gradient is not None
+                assert (gradient == 0.0).all()
+        # A trace of correlation is enough.
+        assert np.isfinite(reference.rigid_align(source, target + 1e-9 * source).rotation).all()
+
+
 def test_one_degenerate_set_leaves_the_others_alone() -> None:
     rng = np.random.default_rng(5)
     sets = scenes.point_sets("cloud", rng, batch=(4,), noise=50.0, weights="uniform")

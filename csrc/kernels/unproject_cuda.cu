@@ -192,6 +192,19 @@ __global__ void __launch_bounds__(kBlock) unproject_stage_kernel(UnprojectParams
   }
 }
 
+// In one instruction, by intrinsic: an assignment of a Vector in registers becomes a store for each element.
+template <class In, int kWidth>
+__device__ __forceinline__ void store_vector(In* to, const Vector<In, kWidth>& vector) {
+#if defined(__CUDA_ARCH__)
+  static_assert(sizeof vector == sizeof(uint4), "16 bytes");
+  uint4 bits;
+  memcpy(&bits, &vector, sizeof bits);
+  __stwb(reinterpret_cast<uint4*>(to), bits);
+#else
+  *reinterpret_cast<Vector<In, kWidth>*>(to) = vector;
+#endif
+}
+
 // kWidth: elements per vector of 16 bytes.
 template <class In, Aggregation kBy, int kWidth>
 __global__ void __launch_bounds__(kBlock, kMinBlocks<In>) unproject_kernel(UnprojectParams<In> params, Tiling tiling) {
@@ -225,7 +238,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>) unproject_kernel(Unpro
         if (!there || !active) continue;
         In* to = out + voxel * stride[1] + channel * stride[0];
         if (tiling.vectors) {
-          *reinterpret_cast<Vector<In, kWidth>*>(to) = vector;
+          store_vector(to, vector);
         } else {
           for (int n = 0; n < kWidth; ++n)
             if (channel + n < params.channels) to[n * stride[0]] = vector.element[n];

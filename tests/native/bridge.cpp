@@ -68,11 +68,25 @@ py::array filled_with_garbage(py::array array) {
   return array;
 }
 
+// In which NumPy keeps such elements.
+template <class T>
+py::dtype dtype_of() {
+  return py::dtype::of<T>();
+}
+template <>
+py::dtype dtype_of<Float16>() {
+  return py::dtype("e");
+}
+template <>
+py::dtype dtype_of<BFloat16>() {
+  return py::dtype::of<uint16_t>();
+}
+
 // A new contiguous array [batch..., trailing...].
 template <class T>
 py::array new_array(Sizes batch, std::initializer_list<int64_t> trailing = {}) {
   batch.insert(batch.end(), trailing);
-  return filled_with_garbage(py::array_t<T>(batch));
+  return filled_with_garbage(py::array(dtype_of<T>(), batch));
 }
 template <class T>
 Operand new_array_if(bool wanted, const Sizes& batch, std::initializer_list<int64_t> trailing = {}) {

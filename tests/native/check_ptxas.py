@@ -6,7 +6,7 @@ goes to global memory: its instructions by width, and the sectors (32 bytes) tha
 the same to build/cuda-check.json, and fails where
 
 - a kernel without float64 in its template arguments spills registers, or
-- a kernel that is to load 16 bytes at once does not.
+- a kernel that is to load or store 16 bytes at once does not.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ FLAGS = ["-std=c++17", "-O3", "-I", str(ROOT / "csrc")]
 VECTOR_KERNELS = (
     re.compile(r"^moments_(?:backward_)?rows_kernel<.*, (\d+)>$"),
     re.compile(r"^unproject_\w*kernel<.*, (\d+)>$"),
+)
+# Those of them that store as many.
+VECTOR_STORES = (
+    re.compile(r"^moments_backward_rows_kernel<.*, (\d+)>$"),
+    re.compile(r"^unproject_kernel<.*, (\d+)>$"),
 )
 WARP_SIZE, SECTOR_BYTES = 32, 32
 MEMORY_KINDS = {"ld": "loads", "st": "stores", "atom": "atomics", "red": "atomics"}
@@ -151,6 +156,11 @@ def parse_traffic(kernel: str, body: str) -> Traffic:
     return Traffic(kernel, **{kind: dict(sorted(found.items())) for kind, found in counts.items()})
 
 
+def is_vectorised(kernel: str, rules: tuple[re.Pattern[str], ...]) -> bool:
+    """Whether a rule names the kernel and says that it handles more than one element at once."""
+    return any((match := rule.search(kernel)) and int(match[1]) > 1 for rule in rules)
+
+
 def compile_for(nvcc: str, arch: str, source: Path) -> list[Usage]:
     """Compile one file for one architecture."""
     with tempfile.TemporaryDirectory() as folder:
@@ -241,10 +251,12 @@ def main() -> int:
             problems.append(f"{u.kernel} spills registers on sm_{u.arch}")
     vector_kernels = 0
     for t in traffic:
-        if any((match := rule.search(t.kernel)) and int(match[1]) > 1 for rule in VECTOR_KERNELS):
+        if is_vectorised(t.kernel, VECTOR_KERNELS):
             vector_kernels += 1
             if 16 not in t.loads:
                 problems.append(f"{t.kernel} has no load of 16 bytes")
+        if is_vectorised(t.kernel, VECTOR_STORES) and 16 not in t.stores:
+            problems.append(f"{t.kernel} has no store of 16 bytes")
     if vector_kernels == 0:
         problems.append("no kernel with loads of 16 bytes was found")
     for problem in problems:

@@ -17,6 +17,14 @@ from torch import Tensor
 from tritool import VoxelGrid, ops
 
 NO_GPU = 77
+# Against the CPU kernels in the same precision: rounding apart, multiplied by the conditioning of
+# the case. What is stored in half precision may be rounded to the other side.
+TOLERANCES = {
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2,
+    torch.float32: 2e-3,
+    torch.float64: 1e-8,
+}
 Call = Callable[..., tuple[Tensor, ...]]
 
 
@@ -103,6 +111,90 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Call, list[Tensor]]]:
             [points_3d.to(dtype), arguments[1]],
         )
 
+    for count, size in ((1, 4), (33, 17), (257, 5), (3, 100), (0, 4)):
+        source = normal(count, size, 3)
+        target = 1.5 * source.roll(1, -1) + 0.1 * normal(count, size, 3) + 3.0
+        weights = normal(count, size).abs() + 0.1
+        if count > 2:
+            source[1, 0, 2] = torch.nan
+            weights[2, 1] = 0.0
+            weights[0] = 0.0
+        for with_scale in (False, True):
+            name = f"rigid_align N={size} B={count} with_scale={with_scale}"
+
+            def align(*x: Tensor, with_scale: bool = with_scale) -> tuple[Tensor, ...]:
+                return tuple(ops.rigid_align(*x, with_scale=with_scale))
+
+            yield name, align, [source, target, weights]
+            yield f"{name} unweighted", align, [source, target]
+
+    yield from unprojections(dtype, random)
+
+
+def unprojections(
+    dtype: torch.dtype, random: torch.Generator
+) -> Iterator[tuple[str, Call, list[Tensor]]]:
+    """Cases of `unproject`, in float32 also with features in half precision."""
+    half = [torch.float16, torch.bfloat16] if dtype == torch.float32 else []
+    # Channels that fill no vector, vectors, rows of several, more than a group of threads takes.
+    for channels, views, batch, size in (
+        (1, 2, 2, (3, 2, 5)),
+        (3, 3, 1, (2, 4, 3)),
+        (17, 4, 1, (3, 3, 2)),
+        (40, 2, 2, (4, 3, 3)),
+        (4, 11, 1, (2, 3, 3)),
+        (3, 2, 0, (2, 3, 3)),
+    ):
+        height, width = 12, 15
+        shape = (batch, views, channels, height, width)
+        features = torch.randn(shape, generator=random, dtype=torch.float64)
+        to_map = torch.tensor([[width / 1000, 0, 0], [0, height / 800, 0], [0, 0, 1.0]])
+        while True:  # away from where a rounding would decide between two cells
+            projections = to_map.double() @ scene(0, views, random)[0]
+            center = torch.randn((batch, 3), generator=random, dtype=torch.float64)
+            points = VoxelGrid.cube(center, 9.0, size).points()
+            pixels = ops.project(points.flatten(1, 3), projections[None, None])
+            if ((pixels - pixels.round()).abs() > 1e-4).all():
+                break
+        confidences = torch.rand((batch, views, channels), generator=random).double() + 0.1
+        if batch > 0 and views > 2:
+            confidences[0, 1] = 0.0
+            confidences[0, 2, 0] = torch.nan
+        for aggregation in ("sum", "mean", "softmax", "max"):
+            outside = "exclude" if views % 2 == 0 else "zeros"
+
+            def in_a_box(
+                features: Tensor,
+                projections: Tensor,
+                center: Tensor,
+                confidences: Tensor,
+                size: tuple[int, int, int] = size,
+                aggregation: str = aggregation,
+                outside: str = outside,
+            ) -> tuple[Tensor, ...]:
+                grid = VoxelGrid.cube(center, 9.0, size)
+                options = {"aggregation": aggregation, "outside": outside}
+                volume = ops.unproject(
+                    features, projections, grid, confidences=confidences, **options
+                )
+                return (volume,)
+
+            def at_points(
+                *x: Tensor, aggregation: str = aggregation, outside: str = outside
+            ) -> tuple[Tensor, ...]:
+                return (ops.unproject(*x, aggregation=aggregation, outside=outside),)
+
+            small = [projections[None], center, confidences]
+            for element in (dtype, *half):
+                name = f"unproject {aggregation} {shape} {element}"
+                there = features.to(element)
+                last = there.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+                for layout, maps in (("", there), (" channels last", last)):
+                    tensors = [maps, *(tensor.to(dtype) for tensor in small)]
+                    yield f"{name}{layout}", in_a_box, tensors
+            tensors = [tensor.to(dtype) for tensor in (features, projections[None], points)]
+            yield f"unproject at points {aggregation} {shape}", at_points, tensors
+
 
 def scene(count: int, views: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Cameras in a half circle of radius 10 that look at points of size 1, in float64."""
@@ -134,30 +226,54 @@ def run(call: Call, arguments: list[Tensor], device: str) -> list[Tensor]:
     return [result.detach().cpu() for result in results]
 
 
+def run_deterministic(call: Call, arguments: list[Tensor], device: str) -> list[Tensor]:
+    """As `run`; PyTorch is asked for deterministic algorithms."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return run(call, arguments, device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def are_close(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Compare with the largest finite number of each tensor as the scale; NaN is equal to NaN."""
+    for have, want in zip(found, expected, strict=True):
+        finite = want[want.isfinite()]
+        scale = float(finite.abs().max()) if finite.numel() > 0 else 1.0
+        atol = TOLERANCES[have.dtype] * scale
+        if not torch.isclose(have, want, rtol=0, atol=atol, equal_nan=True).all():
+            return False
+    return True
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("cuda_smoke.py: no CUDA GPU here; nothing was run")
         return NO_GPU
     ran = failures = 0
     for dtype in (torch.float32, torch.float64):
-        # Against the CPU kernels in the same precision: rounding apart, multiplied by the
-        # conditioning of the case.
-        tolerance = 2e-3 if dtype == torch.float32 else 1e-8
         for name, call, arguments in cases(dtype):
             ran += 1
-            for got, expected in zip(
-                run(call, arguments, "cuda"), run(call, arguments, "cpu"), strict=True
-            ):
-                scale = (
-                    expected[expected.isfinite()].abs().max() if expected.isfinite().any() else 1.0
-                )
-                close = torch.isclose(
-                    got, expected, rtol=0, atol=float(tolerance * scale), equal_nan=True
-                )
-                if not close.all():
-                    failures += 1
-                    print(f"cuda_smoke.py: {name} {dtype}: CUDA differs from the CPU")
-                    break
+            expected = run(call, arguments, "cpu")
+            problems = []
+            if not are_close(run(call, arguments, "cuda"), expected):
+                problems.append("CUDA differs from the CPU")
+            if name.startswith("unproject"):  # the one that has another way of summing then
+                found = run_deterministic(call, arguments, "cuda")
+                if not are_close(found, expected):
+                    problems.append("deterministic CUDA differs from the CPU")
+                again = run_deterministic(call, arguments, "cuda")
+                if not all(
+                    map(
+                        torch.equal,
+                        (t.nan_to_num() for t in found),
+                        (t.nan_to_num() for t in again),
+                    )
+                ):
+                    problems.append("deterministic CUDA differs from itself")
+            failures += bool(problems)
+            for problem in problems:
+                print(f"cuda_smoke.py: {name} {dtype}: {problem}")
     torch.cuda.synchronize()
     print(f"cuda_smoke.py: {ran} cases on {torch.cuda.get_device_name(0)}, {failures} failed")
     return 1 if failures else 0

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the compiler's flags may change: the SIMD functions of math/pack.h, and svd3.h in float, double and lanes.
+// What the compiler's flags may change: the SIMD functions of math/pack.h, svd3.h in float, double and lanes, and
+// unproject.h in lanes.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -10,6 +11,7 @@
 #include "check.h"
 #include "kernels/lanes.h"
 #include "math/svd3.h"
+#include "math/unproject.h"
 #include "test_math.h"
 
 #define TRITOOL_NAME_OF(isa) TRITOOL_NAME_OF_EXPANDED(isa)
@@ -246,6 +248,110 @@ void test_svd3() {
   CHECK(rotated <= 20);
 }
 
+// ---- Unprojection ----
+
+template <class T>
+bool same_or_nan(T a, T b) {
+  return a == b || (std::isnan(a) && std::isnan(b));
+}
+
+// A footprint in every lane: seen, beside the map, on its edge, behind the camera, nowhere. Made of few bits, so that
+// fused operations change nothing.
+template <class P>
+void test_footprints() {
+  using T = Real<P>;
+  const T width = 6, height = 4;
+  for (int trial = 0; trial < 2000; ++trial) {
+    T point[P::kLanes][3], matrix[3][4];
+    P lanes[3], matrix_lanes[3][4];
+    for (int a = 0; a < 3; ++a) lanes[a] = P(T(0));
+    for (auto& one : point)
+      for (T& x : one) x = T(std::floor(uniform(-32, 32)) / 4);
+    for (auto& row : matrix)
+      for (T& x : row) x = T(std::floor(uniform(-16, 16)) / 8);
+    matrix[2][3] = T(2);
+    const int bad = trial % 7;
+    if (bad < 3) point[trial % P::kLanes][bad] = trial % 2 == 0 ? T(NAN) : T(HUGE_VAL);
+    for (int lane = 0; lane < P::kLanes; ++lane)
+      for (int a = 0; a < 3; ++a) lanes[a].v[lane] = point[lane][a];
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 4; ++j) matrix_lanes[i][j] = P(matrix[i][j]);
+    const FeatureMap<P> map_lanes{P(width), P(height), P(T(1.25)), P(T(0.5))};
+    const Footprint<P> packed = footprint_of(lanes, matrix_lanes, map_lanes);
+    for (int lane = 0; lane < P::kLanes; ++lane) {
+      const FeatureMap<T> map{width, height, T(1.25), T(0.5)};
+      const Footprint<T> one = footprint_of(point[lane], matrix, map);
+      CHECK((packed.seen.v[lane] != 0) == bool(one.seen) && (packed.unknown.v[lane] != 0) == bool(one.unknown));
+      for (int i = 0; i < 2; ++i) {
+        CHECK(packed.column[i][lane] == one.column[i] && packed.row[i][lane] == one.row[i]);
+        CHECK(packed.along_x[i][lane] == one.along_x[i] && packed.along_y[i][lane] == one.along_y[i]);
+        CHECK(packed.slope_x[i][lane] == one.slope_x[i] && packed.slope_y[i][lane] == one.slope_y[i]);
+      }
+    }
+  }
+}
+
+// Views of other values and confidences in every lane, some absent, some spoilt. The lanes have an exponential of their
+// own and fused operations elsewhere.
+template <class T, Aggregation kBy, bool kWeighted>
+void test_aggregate() {
+  using P = NativePack<T>;
+  constexpr int kViews = 5;
+  const double bound = 32 * std::numeric_limits<T>::epsilon();
+  for (int trial = 0; trial < 2000; ++trial) {
+    P value[kViews], confidence[kViews];
+    const int unknown = trial % 50 == 0 ? trial / 50 % kViews : -1;
+    for (int view = 0; view < kViews; ++view) {
+      value[view] = confidence[view] = P(T(1));
+      for (int lane = 0; lane < P::kLanes; ++lane) {
+        value[view].v[lane] = T(trial % 2 == 0 ? normal() : std::floor(2 * normal()));  // often equal
+        if (trial % 5 == 0 && lane == trial % P::kLanes) value[view].v[lane] = T(view == 2 ? NAN : 1);
+        const int kind = static_cast<int>(uniform(0, 20));
+        if (kWeighted)
+          confidence[view].v[lane] = kind < 6 ? T(0) : kind == 6 && trial % 4 == 0 ? T(-1) : T(uniform(0.2, 2));
+      }
+    }
+    ViewAggregate<P, kBy, kWeighted> packed;
+    for (int view = 0; view < kViews; ++view)
+      view == unknown ? packed.add_unknown(confidence[view]) : packed.add(value[view], confidence[view]);
+    const P result = packed.result(), known = select(packed.known(), P(T(1)), P(T(0)));
+    P value_slope[kViews], confidence_slope[kViews];
+    for (int view = 0; view < kViews; ++view) {
+      value_slope[view] = packed.value_slope(value[view], confidence[view], result);
+      confidence_slope[view] = packed.confidence_slope(value[view], confidence[view], result);
+    }
+    for (int lane = 0; lane < P::kLanes; ++lane) {
+      ViewAggregate<T, kBy, kWeighted> one;
+      for (int view = 0; view < kViews; ++view)
+        view == unknown ? one.add_unknown(confidence[view][lane]) : one.add(value[view][lane], confidence[view][lane]);
+      const T expected = one.result();
+      const auto near = [&](T a, T b) { return std::abs(double(a) - double(b)) <= bound || same_or_nan(a, b); };
+      CHECK(near(result[lane], expected) && (known[lane] == 1) == bool(one.known()));
+      if (std::isnan(expected)) continue;
+      for (int view = 0; view < kViews; ++view) {
+        const T v = value[view][lane], w = confidence[view][lane];
+        CHECK(near(value_slope[view][lane], one.value_slope(v, w, expected)));
+        CHECK(near(confidence_slope[view][lane], one.confidence_slope(v, w, expected)));
+      }
+    }
+  }
+}
+
+template <class T, Aggregation kBy>
+void test_aggregates() {
+  test_aggregate<T, kBy, false>();
+  test_aggregate<T, kBy, true>();
+}
+
+template <class T>
+void test_unproject() {
+  test_footprints<NativePack<T>>();
+  test_aggregates<T, Aggregation::kSum>();
+  test_aggregates<T, Aggregation::kMean>();
+  test_aggregates<T, Aggregation::kSoftmax>();
+  test_aggregates<T, Aggregation::kMax>();
+}
+
 }  // namespace
 
 void test_lanes() {
@@ -264,6 +370,9 @@ void test_lanes() {
   test_runs<double>();
   test_svd3<float>();
   test_svd3<double>();
+  test_unproject<float>();
+  test_unproject<double>();
+  test_footprints<Pack<double, 16>>();  // as the kernels do
 }
 
 }  // namespace tritool::cpu::TRITOOL_ISA

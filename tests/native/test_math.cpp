@@ -532,6 +532,7 @@ int main() {
   test_triangulate_degenerate();
   test_project_vjp();
   testing::test_rigid_align();
+  testing::test_unproject();
   test_soft_argmax_vjp();
   test_expectation_vjp();
   test_values_that_fade();

@@ -20,6 +20,7 @@ inline bool agree(const char* name, double jvp, double vjp, double terms, double
 }
 
 void test_rigid_align();
+void test_unproject();
 
 }  // namespace tritool::testing
 

@@ -45,14 +45,16 @@ def rigid_align(
     A point is absent if its weight is 0 or a coordinate of its source or target is NaN. The result
     is NaN if a present point has a weight that is negative or not finite or an infinite
     coordinate, or if the points do not determine a rotation: none or one of them, all in one place,
-    on one line, or as close to a reflection by the one plane as by another; s2 + d s3 <= tau s1.
+    on one line, or as close to a reflection by the one plane as by another: s2 + d s3 <= tau s1, or
+    s1 <= tau sqrt(vx vy) with vx = sum w |x - mx|^2 and vy = sum w |y - my|^2, where M is nothing
+    but rounding.
 
     Args:
         source: [..., N, 3], x.
         target: [..., N, 3], y, in any unit.
         weights: [..., N], w >= 0 (of squared distances); all 1 by default.
         with_scale: whether to estimate s; it is 1 otherwise.
-        tau: relative threshold of degenerate point sets; 1e-6 suits float32.
+        tau: relative threshold of degenerate point sets, for both comparisons; 1e-6 suits float32.
 
     Returns:
         The transform, all of it NaN where it is not determined.
@@ -202,12 +204,15 @@ def _fit(
     with np.errstate(over="ignore", invalid="ignore"):
         m = transpose(w[..., None] * y) @ x
         variance = (w * (x * x).sum(-1)).sum(-1)
-        finite = np.isfinite(m).all((-1, -2)) & np.isfinite(variance)
+        target_variance = (w * (y * y).sum(-1)).sum(-1)
+        most = np.sqrt(variance) * np.sqrt(target_variance)  # s1 + s2 + s3 are at most this
+        finite = np.isfinite(m).all((-1, -2)) & np.isfinite(most)
     m = np.where(finite[..., None, None], m, 0.0)
     u, s, vt = np.linalg.svd(m)
     d = np.where(np.linalg.det(u) * np.linalg.det(vt) < 0.0, -1.0, 1.0)
     s = np.concatenate([s[..., :2], (d * s[..., 2])[..., None]], axis=-1)
-    valid = usable & finite & (s[..., 1] + s[..., 2] > tau * s[..., 0])
+    determined = (s[..., 1] + s[..., 2] > tau * s[..., 0]) & (s[..., 0] > tau * most)
+    valid = usable & finite & determined
 
     signs = np.stack([np.ones_like(d), np.ones_like(d), d], axis=-1)
     rotation = (u * signs[..., None, :]) @ vt

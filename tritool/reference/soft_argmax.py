@@ -131,7 +131,7 @@ def soft_argmax25d(
 
     Returns:
         [..., 3], (x, y) in heat-map pixels and the depth in its unit; all NaN where `soft_argmax2d`
-        is; the depth alone is NaN where that of a pixel with p > 0 is.
+        is; the depth alone is NaN where that of a pixel with p > 0 is NaN or infinite.
     """
     softmax, depths = _softmax_and_depths(heatmaps, depth_maps, inverse_temperature)
     mean_depth = _mean_depth(softmax, depths)
@@ -304,10 +304,10 @@ def _softmax_and_depths(
 
 
 def _mean_depth(softmax: _Softmax, depths: FloatArray) -> FloatArray:
-    """Sum p_i D_i over the pixels with p_i > 0; NaN where the map has no mean."""
-    with np.errstate(invalid="ignore"):
+    """Sum p_i D_i over the pixels with p_i > 0; NaN where it is not finite or there is no mean."""
+    with np.errstate(invalid="ignore", over="ignore"):
         mean = np.where(softmax.p > 0.0, softmax.p * depths, 0.0).sum(-1)
-    return np.where(softmax.valid, mean, np.nan)
+    return np.where(softmax.valid & np.isfinite(mean), mean, np.nan)
 
 
 def _covariance(softmax: _Softmax) -> FloatArray:
