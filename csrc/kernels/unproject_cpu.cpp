@@ -559,9 +559,9 @@ class ItemViews {
 
   const double* matrix(int view) { return matrices_.data() + 12 * view; }
 
-  int64_t offset[Params::kOperands];
-  Views<T> views;
-  BlockPoints points;
+  int64_t offset[Params::kOperands] = {};
+  Views<T> views{};
+  BlockPoints points{};
 
  private:
   const Params& params_;

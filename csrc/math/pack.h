@@ -160,9 +160,13 @@ struct Exp2Constants<double> {
 };
 
 #if defined(__AVX512DQ__)
-// 2^n to the power of whole n, times `mantissa`: one instruction, which knows of underflow and NaN.
-TRITOOL_HD __m512 scale_by_power(__m512 mantissa, __m512 n) { return _mm512_maskz_scalef_ps(0xffff, mantissa, n); }
-TRITOOL_HD __m512d scale_by_power(__m512d mantissa, __m512d n) { return _mm512_maskz_scalef_pd(0xff, mantissa, n); }
+// mantissa 2^n for whole n, and 0 where x < smallest.
+TRITOOL_HD __m512 scale_by_power(__m512 mantissa, __m512 n, __m512 x, float smallest) {
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(smallest), _CMP_NLT_UQ), mantissa, n);
+}
+TRITOOL_HD __m512d scale_by_power(__m512d mantissa, __m512d n, __m512d x, double smallest) {
+  return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, _mm512_set1_pd(smallest), _CMP_NLT_UQ), mantissa, n);
+}
 TRITOOL_HD __m512 beyond_nearest_integer(__m512 x) { return _mm512_maskz_reduce_ps(0xffff, x, 0); }
 TRITOOL_HD __m512d beyond_nearest_integer(__m512d x) { return _mm512_maskz_reduce_pd(0xff, x, 0); }
 #endif
@@ -176,7 +180,7 @@ TRITOOL_PACK TRITOOL_HD Pack<T, N> exp2_(const Pack<T, N>& x) {
     const Value f = beyond_nearest_integer(x.v);
     Value q = Constants::kTerm[Constants::kTerms - 1] - Value{};
     for (int term = Constants::kTerms - 2; term >= 0; --term) q = q * f + Constants::kTerm[term];
-    return Pack<T, N>::of(scale_by_power(f * q + T(1), x.v - f));
+    return Pack<T, N>::of(scale_by_power(f * q + T(1), x.v - f, x.v, Constants::kSmallest));
   }
 #endif
   const Value shifted = x.v + Constants::kRound;

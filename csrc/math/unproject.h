@@ -162,8 +162,10 @@ class ViewAggregate {
       return select(is_nan(norm_), norm_, total_);
     else if constexpr (kBy == Aggregation::kMax)
       return select(nothing, T(0), select(is_nan(norm_), norm_, level_));
+    else if constexpr (kBy == Aggregation::kSoftmax)
+      return select(level_ < infinity<T>(), total_ * inverse_norm_, quiet_nan<T>());  // of nothing: 0
     else
-      return total_ * inverse_norm_;  // of nothing: 0
+      return total_ * inverse_norm_;
   }
 
   // Whether the result is known as far as geometry and confidences are concerned: the gradient to the features of a
@@ -184,7 +186,7 @@ class ViewAggregate {
     } else if constexpr (kBy == Aggregation::kMean) {
       return confidence * inverse_norm_;
     } else if constexpr (kBy == Aggregation::kSoftmax) {
-      const T slope = confidence * (factor * inverse_norm_) * (T(1) + value - result);
+      const T slope = confidence * (factor * inverse_norm_) * (T(1) + (value - result));
       if constexpr (kWeighted) return select(confidence == T(0), T(0), slope);  // its value may be NaN
       return slope;
     } else {

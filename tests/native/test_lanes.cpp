@@ -277,11 +277,13 @@ void test_footprints() {
     for (int i = 0; i < 3; ++i)
       for (int j = 0; j < 4; ++j) matrix_lanes[i][j] = P(matrix[i][j]);
     const FeatureMap<P> map_lanes{P(width), P(height), P(T(1.25)), P(T(0.5))};
-    const Footprint<P> packed = footprint_of(lanes, matrix_lanes, map_lanes);
+    const Cell<P> cells = cell_of(lanes, matrix_lanes, map_lanes);
+    const Footprint<P> packed = footprint_of(cells, map_lanes.width, map_lanes.height);
     for (int lane = 0; lane < P::kLanes; ++lane) {
       const FeatureMap<T> map{width, height, T(1.25), T(0.5)};
-      const Footprint<T> one = footprint_of(point[lane], matrix, map);
-      CHECK((packed.seen.v[lane] != 0) == bool(one.seen) && (packed.unknown.v[lane] != 0) == bool(one.unknown));
+      const Cell<T> cell = cell_of(point[lane], matrix, map);
+      const Footprint<T> one = footprint_of(cell, map.width, map.height);
+      CHECK(cells.column[lane] == cell.column && cells.row[lane] == cell.row);
       for (int i = 0; i < 2; ++i) {
         CHECK(packed.column[i][lane] == one.column[i] && packed.row[i][lane] == one.row[i]);
         CHECK(packed.along_x[i][lane] == one.along_x[i] && packed.along_y[i][lane] == one.along_y[i]);
@@ -314,24 +316,26 @@ void test_aggregate() {
     ViewAggregate<P, kBy, kWeighted> packed;
     for (int view = 0; view < kViews; ++view)
       view == unknown ? packed.add_unknown(confidence[view]) : packed.add(value[view], confidence[view]);
-    const P result = packed.result(), known = select(packed.known(), P(T(1)), P(T(0)));
+    const P result = packed.finish(), known = select(packed.known(), P(T(1)), P(T(0)));
     P value_slope[kViews], confidence_slope[kViews];
     for (int view = 0; view < kViews; ++view) {
-      value_slope[view] = packed.value_slope(value[view], confidence[view], result);
-      confidence_slope[view] = packed.confidence_slope(value[view], confidence[view], result);
+      value_slope[view] =
+          packed.value_slope(value[view], confidence[view], packed.factor_of(value[view], confidence[view]), result);
+      confidence_slope[view] = packed.confidence_slope(value[view], confidence[view],
+                                                       packed.factor_of(value[view], confidence[view]), result);
     }
     for (int lane = 0; lane < P::kLanes; ++lane) {
       ViewAggregate<T, kBy, kWeighted> one;
       for (int view = 0; view < kViews; ++view)
         view == unknown ? one.add_unknown(confidence[view][lane]) : one.add(value[view][lane], confidence[view][lane]);
-      const T expected = one.result();
+      const T expected = one.finish();
       const auto near = [&](T a, T b) { return std::abs(double(a) - double(b)) <= bound || same_or_nan(a, b); };
       CHECK(near(result[lane], expected) && (known[lane] == 1) == bool(one.known()));
       if (std::isnan(expected)) continue;
       for (int view = 0; view < kViews; ++view) {
         const T v = value[view][lane], w = confidence[view][lane];
-        CHECK(near(value_slope[view][lane], one.value_slope(v, w, expected)));
-        CHECK(near(confidence_slope[view][lane], one.confidence_slope(v, w, expected)));
+        CHECK(near(value_slope[view][lane], one.value_slope(v, w, one.factor_of(v, w), expected)));
+        CHECK(near(confidence_slope[view][lane], one.confidence_slope(v, w, one.factor_of(v, w), expected)));
       }
     }
   }

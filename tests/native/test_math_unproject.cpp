@@ -28,6 +28,17 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // ---- Footprints ----
 
+// A footprint and what its cell says of it.
+template <class T>
+struct Sight : Footprint<T> {
+  bool seen, unknown;
+};
+template <class T>
+Sight<T> sight_of(const T (&point)[3], const T (&matrix)[3][4], const FeatureMap<T>& map) {
+  const Cell<T> cell = cell_of(point, matrix, map);
+  return {footprint_of(cell, map.width, map.height), cell.column >= T(-1), cell.column == T(kUnknownColumn)};
+}
+
 constexpr int kWidth = 7, kHeight = 5;
 
 struct Image {
@@ -71,12 +82,12 @@ T sample_of(const Footprint<T>& footprint, const Image& image) {
 FeatureMap<double> map_of(double scale_x, double scale_y) { return {kWidth, kHeight, scale_x, scale_y}; }
 
 // A camera whose pixel is (X, Y) and whose depth is Z + 1.
-Footprint<double> footprint_at(double x, double y, double z, const FeatureMap<double>& map) {
+Sight<double> footprint_at(double x, double y, double z, const FeatureMap<double>& map) {
   const double matrix[3][4] = {{1, 0, 0, 0}, {0, 1, 0, 0}, {0, 0, 1, 1}}, point[3] = {x, y, z};
-  return footprint_of(point, matrix, map);
+  return sight_of(point, matrix, map);
 }
 
-bool is_empty(const Footprint<double>& footprint) {
+bool is_empty(const Sight<double>& footprint) {
   bool empty = !footprint.seen;
   for (int i = 0; i < 2; ++i)
     empty = empty && footprint.along_x[i] * footprint.along_y[0] == 0 && footprint.slope_x[i] == 0 &&
@@ -96,7 +107,7 @@ void test_footprint_places() {
   const FeatureMap<double> map = map_of(1, 1);
   for (const double x : places_along(kWidth)) {
     for (const double y : places_along(kHeight)) {
-      const Footprint<double> footprint = footprint_at(x, y, 0, map);
+      const Sight<double> footprint = footprint_at(x, y, 0, map);
       CHECK(!footprint.unknown);
       const bool inside = x > -1 && x < kWidth && y > -1 && y < kHeight;
       CHECK(footprint.seen == inside);
@@ -112,7 +123,7 @@ void test_footprint_places() {
   // Depth 0, behind the camera, infinitely far, and what is not a number.
   for (const double z : {-1.0, -2.0, -kInfinity}) {
     for (const double x : {0.5, kNan, kInfinity}) {
-      const Footprint<double> footprint = footprint_at(x, 1, z, map);
+      const Sight<double> footprint = footprint_at(x, 1, z, map);
       // Behind a camera nothing is seen, whatever x and y are, as long as they leave the depth alone.
       CHECK(footprint.unknown == !(x == 0.5) && is_empty(footprint));
     }
@@ -125,10 +136,10 @@ void test_footprint_places() {
                                       {{1, 0, 0, 0}, {0, bad, 0, 0}, {0, 0, 1, 1}}};
     const double behind[3][4] = {{bad, 0, 0, 0}, {0, bad, 0, 0}, {0, 0, 1, -1}};
     for (const auto& matrix : sideways) {
-      const Footprint<double> footprint = footprint_of(point, matrix, map);
+      const Sight<double> footprint = sight_of(point, matrix, map);
       CHECK(footprint.unknown == std::isnan(bad) && is_empty(footprint));  // infinitely far to a side: not seen
     }
-    CHECK(!footprint_of(point, behind, map).unknown && is_empty(footprint_of(point, behind, map)));
+    CHECK(!sight_of(point, behind, map).unknown && is_empty(sight_of(point, behind, map)));
   }
 }
 
@@ -152,7 +163,7 @@ void test_footprint_vjp() {
       matrix[0][3] = integer(0, kWidth - 1), matrix[1][3] = integer(0, kHeight - 1);
     }
 
-    const Footprint<double> footprint = footprint_of(point, matrix, map);
+    const Sight<double> footprint = sight_of(point, matrix, map);
     seen += footprint.seen;
     const double grad[2] = {sum_over(footprint, footprint.slope_x, footprint.along_y, image) * map.scale_x,
                             sum_over(footprint, footprint.along_x, footprint.slope_y, image) * map.scale_y};
@@ -172,7 +183,7 @@ void test_footprint_vjp() {
     for (int i = 0; i < 3; ++i)
       for (int j = 0; j < 4; ++j) dual_matrix[i][j] = along(matrix[i][j], j == 3 ? 1 : 1e-2, grad_matrix[i][j]);
     const FeatureMap<Dual> dual_map{map.width, map.height, map.scale_x, map.scale_y};
-    const Dual value = sample_of(footprint_of(dual_point, dual_matrix, dual_map), image);
+    const Dual value = sample_of(sight_of(dual_point, dual_matrix, dual_map), image);
     CHECK(value.value == sample_of(footprint, image));
     CHECK(agree("unproject: footprint", value.slope, vjp, terms, 1e-12));
   }
@@ -215,6 +226,16 @@ double aggregate_of(Aggregation by, const std::vector<View>& views) {
   return by == Aggregation::kSum ? total : total / norm;
 }
 
+// The slopes of a view, its factor made anew.
+template <class T, Aggregation kBy, bool kWeighted>
+T value_slope_of(ViewAggregate<T, kBy, kWeighted>& aggregate, T value, T confidence, T result) {
+  return aggregate.value_slope(value, confidence, aggregate.factor_of(value, confidence), result);
+}
+template <class T, Aggregation kBy, bool kWeighted>
+T confidence_slope_of(const ViewAggregate<T, kBy, kWeighted>& aggregate, T value, T confidence, T result) {
+  return aggregate.confidence_slope(value, confidence, aggregate.factor_of(value, confidence), result);
+}
+
 template <class T, Aggregation kBy, bool kWeighted>
 ViewAggregate<T, kBy, kWeighted> added(const std::vector<View>& views, int moving = -1, double value = 0,
                                        double confidence = 0) {
@@ -242,19 +263,19 @@ bool near(double found, double expected, double size = 1) {
 template <Aggregation kBy, bool kWeighted>
 void check_slopes(const std::vector<View>& views, double size) {
   auto aggregate = added<double, kBy, kWeighted>(views);
-  const double result = aggregate.result();
+  const double result = aggregate.finish();
   CHECK(aggregate.known());
   for (size_t n = 0; n < views.size(); ++n) {
     const auto& [value, confidence, unknown] = views[n];
     if (unknown) continue;
     const int moving = static_cast<int>(n);
-    const double by_value = aggregate.value_slope(value, confidence, result);
-    CHECK(near(by_value, added<Dual, kBy, kWeighted>(views, moving, 1, 0).result().slope, size));
-    const double by_confidence = aggregate.confidence_slope(value, confidence, result);
+    const double by_value = value_slope_of(aggregate, value, confidence, result);
+    CHECK(near(by_value, added<Dual, kBy, kWeighted>(views, moving, 1, 0).finish().slope, size));
+    const double by_confidence = confidence_slope_of(aggregate, value, confidence, result);
     if (confidence == 0) {
       CHECK(by_value == 0 && by_confidence == 0);
     } else if (kWeighted) {
-      CHECK(near(by_confidence, added<Dual, kBy, kWeighted>(views, moving, 0, 1).result().slope, size / confidence));
+      CHECK(near(by_confidence, added<Dual, kBy, kWeighted>(views, moving, 0, 1).finish().slope, size / confidence));
     }
   }
 }
@@ -273,22 +294,22 @@ void test_aggregate() {
     for (const View& view : views) size = std::max({size, std::abs(view.value), view.confidence});
     if (kBy != Aggregation::kMax) size = size * size * 10;
     const double expected = aggregate_of(kBy, views);
-    const auto aggregate = added<double, kBy, kWeighted>(views);
-    CHECK(near(aggregate.result(), expected, size));
+    auto aggregate = added<double, kBy, kWeighted>(views);
+    CHECK(near(aggregate.finish(), expected, size));
     check_slopes<kBy, kWeighted>(views, size);
 
     // The order of the views matters to rounding at most.
     std::vector<View> shuffled = views;
     std::shuffle(shuffled.begin(), shuffled.end(), generator);
-    CHECK(near(added<double, kBy, kWeighted>(shuffled).result(), expected, size));
+    CHECK(near(added<double, kBy, kWeighted>(shuffled).finish(), expected, size));
 
     // An absent view changes nothing at all, whatever it holds and wherever it comes.
     if (kWeighted) {
       std::vector<View> more = views;
       for (const double value : {1e300, kNan, kInfinity, -kInfinity})
         more.insert(more.begin() + integer(0, static_cast<int>(more.size())), View{value, 0, integer(0, 1) == 0});
-      const auto same = added<double, kBy, kWeighted>(more);
-      CHECK(same.result() == aggregate.result() && same.known());
+      auto same = added<double, kBy, kWeighted>(more);
+      CHECK(same.finish() == aggregate.finish() && same.known());
       check_slopes<kBy, kWeighted>(more, size);
     }
 
@@ -298,20 +319,20 @@ void test_aggregate() {
     std::vector<View> bad = views;
     bad[spoilt].unknown = true;
     if (views[spoilt].confidence != 0) {
-      CHECK(std::isnan(added<double, kBy, kWeighted>(bad).result()));
+      CHECK(std::isnan(added<double, kBy, kWeighted>(bad).finish()));
       CHECK(!(added<double, kBy, kWeighted>(bad).known()));
     }
     for (const double confidence : {-0.5, -kInfinity, kInfinity, kNan}) {
       if (!kWeighted) continue;
       bad = views;
       bad[spoilt].confidence = confidence;
-      CHECK(std::isnan(added<double, kBy, true>(bad).result()) && !(added<double, kBy, true>(bad).known()));
+      CHECK(std::isnan(added<double, kBy, true>(bad).finish()) && !(added<double, kBy, true>(bad).known()));
     }
     // A NaN value spoils the result, too, but the gradient to the features of a linear aggregation does not mind.
     bad = views;
     bad[spoilt].value = kNan;
     if (views[spoilt].confidence != 0) {
-      CHECK(std::isnan(added<double, kBy, kWeighted>(bad).result()));
+      CHECK(std::isnan(added<double, kBy, kWeighted>(bad).finish()));
       if (kBy == Aggregation::kSum || kBy == Aggregation::kMean) CHECK((added<double, kBy, kWeighted>(bad).known()));
     }
   }
@@ -319,8 +340,8 @@ void test_aggregate() {
   // No view takes part.
   std::vector<View> absent;
   for (int count = 0; count < 3; ++count) {
-    const auto aggregate = added<double, kBy, kWeighted>(absent);
-    CHECK(aggregate.result() == 0 && aggregate.known());
+    auto aggregate = added<double, kBy, kWeighted>(absent);
+    CHECK(aggregate.finish() == 0 && aggregate.known());
     check_slopes<kBy, kWeighted>(absent, 1);
     if (!kWeighted) break;
     absent.push_back({normal(), 0});
@@ -339,12 +360,12 @@ void test_ties() {
   for (const double largest : {0.0, -3.0, 2.5}) {
     const std::vector<View> views{{largest, 0}, {largest - 1, 1}, {largest, 0.5}, {largest, 2}, {largest, 0}};
     auto aggregate = added<double, Aggregation::kMax, true>(views);
-    CHECK(aggregate.result() == largest);
+    CHECK(aggregate.finish() == largest);
     for (size_t n = 0; n < views.size(); ++n)
-      CHECK(aggregate.value_slope(views[n].value, views[n].confidence, largest) == (n == 2 ? 1 : 0));
+      CHECK(value_slope_of(aggregate, views[n].value, views[n].confidence, largest) == (n == 2 ? 1 : 0));
     auto unweighted = added<double, Aggregation::kMax, false>(views);
     for (size_t n = 0; n < views.size(); ++n)
-      CHECK(unweighted.value_slope(views[n].value, 1, largest) == (n == 0 ? 1 : 0));
+      CHECK(value_slope_of(unweighted, views[n].value, 1.0, largest) == (n == 0 ? 1 : 0));
   }
 }
 
@@ -356,21 +377,21 @@ void test_large_values() {
       std::vector<View> views;
       for (int n = -2; n <= 2; ++n) views.push_back({spread * (ascending ? n : -n), kWeighted ? 0.25 : 1});
       auto aggregate = added<T, Aggregation::kSoftmax, kWeighted>(views);
-      const T result = aggregate.result();
+      const T result = aggregate.finish();
       CHECK(result == T(2 * spread));
       for (const View& view : views) {
         const bool is_largest = T(view.value) == result;
-        const T slope = aggregate.value_slope(T(view.value), T(view.confidence), result);
-        if (spread == 1e4) CHECK(slope == (is_largest ? T(1) : T(0)));
-        CHECK(aggregate.confidence_slope(T(view.value), T(view.confidence), result) == 0);
+        const T slope = value_slope_of(aggregate, T(view.value), T(view.confidence), result);
+        CHECK(slope == (is_largest ? T(1) : T(0)));
+        CHECK(confidence_slope_of(aggregate, T(view.value), T(view.confidence), result) == 0);
       }
       // An absent view above them all does not count.
       if (!kWeighted) continue;
       views.push_back({4 * spread, 0});
       auto with_absent = added<T, Aggregation::kSoftmax, true>(views);
-      CHECK(with_absent.result() == result);
-      CHECK(with_absent.value_slope(T(4 * spread), T(0), result) == 0);
-      CHECK(with_absent.confidence_slope(T(4 * spread), T(0), result) == 0);
+      CHECK(with_absent.finish() == result);
+      CHECK(value_slope_of(with_absent, T(4 * spread), T(0), result) == 0);
+      CHECK(confidence_slope_of(with_absent, T(4 * spread), T(0), result) == 0);
     }
   }
 }
