@@ -164,8 +164,9 @@ UnprojectPlan unproject_plan(const UnprojectParams<In>& params, UnprojectGradien
   const bool together = gradients.grid != nullptr && params.grid_size[0] == 0;
   plan.group_channels = together && params.rows.row > 0 ? params.rows.row : 2 * unproject_quantum<In>;
   plan.groups = params.rows.row == 0 ? 1 : (params.rows.row + plan.group_channels - 1) / plan.group_channels;
-  // One more copy of the features' gradient pays where a second thread would have nothing to do.
-  plan.parts = items * plan.groups < 4 && params.points >= 4096 ? 2 : 1;
+  // A second copy of the features' gradient, small beside the volume, gives a second thread something to do.
+  const bool small = 4 * params.views * params.rows.view <= params.channels * params.points;
+  plan.parts = items * plan.groups < 4 && small ? 2 : 1;
   plan.units = items * plan.groups * plan.parts;
   plan.entries = params.views * 12 + 12 + params.views * params.rows.row;
   plan.partial_bytes = plan.units * plan.entries * int64_t(sizeof(double));

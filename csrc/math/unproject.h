@@ -34,8 +34,8 @@ template <class T>
 TRITOOL_HD Cell<T> cell_of(const T (&point)[3], const T (&matrix)[3][4], const FeatureMap<T>& map) {
   T image[3];
   image_of(point, matrix, image);
-  const T inverse = T(1) / image[2];
-  const T x = image[0] * inverse * map.scale_x, y = image[1] * inverse * map.scale_y;
+  // Two divisions: a pixel that is a whole number comes out as one, and so in its own cell.
+  const T x = image[0] / image[2] * map.scale_x, y = image[1] / image[2] * map.scale_y;
   const auto behind = image[2] <= T(0);
   // Infinite pixels are known to be outside; those that are not numbers are not, nor is what lies at infinity.
   const auto unknown = (!behind) & ((!is_finite(image[2])) | is_nan(x) | is_nan(y));
@@ -46,7 +46,7 @@ TRITOOL_HD Cell<T> cell_of(const T (&point)[3], const T (&matrix)[3][4], const F
   cell.fraction_x = select(seen, x - cell.column, T(0));
   cell.fraction_y = select(seen, y - cell.row, T(0));
   cell.column = select(seen, cell.column, select(unknown, T(kUnknownColumn), T(kUnseenColumn)));
-  cell.row = select(seen, cell.row, T(0));
+  cell.row = select(seen, cell.row, T(kUnseenColumn));
   return cell;
 }
 

@@ -85,7 +85,7 @@ const std::vector<UnprojectCase> kCases{
      Layout::kChannelsLast,
      false,
      false,
-     4,
+     2,
      2},
     {"no voxel", {2, 1}, {2, 1}, {2, 1}, {2, 1}, {2, 1}, 2, 3, 4, 5, {0}, Layout::kChannelsLast},
     {"no view", {2, 1}, {2, 1}, {2, 1}, {2, 1}, {2, 1}, 0, 3, 4, 5, {2, 3, 2}, Layout::kChannelsFirst},

@@ -299,7 +299,7 @@ template <class T, Aggregation kBy, bool kWeighted>
 void test_aggregate() {
   using P = NativePack<T>;
   constexpr int kViews = 5;
-  const double bound = 32 * std::numeric_limits<T>::epsilon();
+  const double bound = 64 * std::numeric_limits<T>::epsilon();
   for (int trial = 0; trial < 2000; ++trial) {
     P value[kViews], confidence[kViews];
     const int unknown = trial % 50 == 0 ? trial / 50 % kViews : -1;
