@@ -60,7 +60,7 @@ def soft_mse(
         >>> float(soft_mse(target + 10, target))
         100.0
         >>> round(float(soft_mse(target + 10_000, target)), 2)  # 1e8 as mean squared error
-        1386.26
+        1386.29
     """
     if not (threshold > 0 and math.isfinite(threshold)):
         raise ValueError(f"threshold must be a finite number above 0, got {threshold}")

@@ -281,8 +281,10 @@ class PoseErrors:
             for name in ("without_target", "without_prediction")
         }
         poses = int(kept.sum())
+        average = _scores(errors, kept)
+        used = average["mpjpe_absolute"].joints
         return PoseReport(
-            average=_scores(errors, kept),
+            average=average,
             actions=_grouped(errors, actions, kept),
             subjects=_grouped(errors, subjects, kept),
             joints=self._by_joint(errors, kept),
@@ -291,7 +293,7 @@ class PoseErrors:
             excluded=excluded,
             **total,
             protocol=self._protocol(
-                poses, excluded, total, subjects, kept, pool_trials and any(actions)
+                poses, used, excluded, total, subjects, kept, pool_trials and any(actions)
             ),
         )
 
@@ -334,6 +336,7 @@ class PoseErrors:
     def _protocol(
         self,
         poses: int,
+        used: int,
         excluded: Mapping[str, int],
         total: Mapping[str, int],
         subjects: Sequence[str],
@@ -355,7 +358,8 @@ class PoseErrors:
             sentences.append("PCK and AUC of the absolute error.")
         else:
             name = " and ".join(map(self._label, root))
-            name = f"the mean of {name}" if len(root) > 1 else name
+            name = f"joint {name}" if self.joint_names is None else name
+            name = f"mean of {name}" if len(root) > 1 else name
             sentences.append(
                 "Relative, N-MPJPE, PCK and AUC: prediction and target each relative to their "
                 f"own {name}."
@@ -366,8 +370,9 @@ class PoseErrors:
             "N-MPJPE: after the best scale. " * (root is not None)
             + "PA-MPJPE: after the best rotation, translation and scale.",
             f"PCK: errors below {self.threshold:g} mm. AUC: mean of PCK over 0, 5, ..., 150 mm.",
-            f"Joints left out: without a valid target {total['without_target']}, with one but "
-            f"without a prediction {total['without_prediction']}.",
+            f"Joints that count: {used}; left out without a valid target: "
+            f"{total['without_target']}, with one but without a prediction: "
+            f"{total['without_prediction']}.",
         ]
         parts = [f"{name} ({count} poses)" for name, count in excluded.items()]
         sentences.append(f"Excluded: {', '.join(parts) if parts else 'nothing'}.")
