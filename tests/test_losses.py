@@ -339,9 +339,12 @@ def test_the_voxel_that_holds_a_point() -> None:
     assert at(0, 0, 0) == 0
     assert at(1, 2, 3) == 23
     assert at(1, 0.49, 2.51) == 12 + 3
+    # On the face between two voxels, the upper one.
+    assert at(0, 0.5, 0) == 4
+    assert at(0, 1.5, 0) == 8
     # Half a voxel beyond the outermost centres is still inside, the lower face included.
     assert at(-0.5, -0.49, 3.49) == 3
-    for outside in ((-0.51, 0, 0), (1.5, 0, 0), (0, 2.51, 0), (0, 0, 4), (0, 0, 1e30)):
+    for outside in ((-0.51, 0, 0), (1.5, 0, 0), (0, 2.5, 0), (0, 0, 4), (0, 0, 1e30)):
         assert at(*outside) == round(partition, 3)  # the loss is 0
 
 

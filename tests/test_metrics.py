@@ -339,10 +339,13 @@ def test_nothing_counts(metric: Metric, dtype: torch.dtype) -> None:
 def test_gradients_are_finite(metric: Metric) -> None:
     prediction, target, there = gaps(1)
     prediction[0] = target[0]
-    prediction.requires_grad_()
-    metric(prediction, target).backward()
-    assert prediction.grad.isfinite().all()
-    assert (prediction.grad[~there] == 0).all()
+    prediction[1] = 5.0  # in one place: no alignment
+    there[1] = target[1].isfinite().all(-1)
+    leaves = prediction.requires_grad_(), target.requires_grad_()
+    metric(*leaves).backward()
+    for leaf in leaves:
+        assert leaf.grad.isfinite().all()
+        assert (leaf.grad[~there] == 0).all()
 
 
 def test_gradients_go_down() -> None:
