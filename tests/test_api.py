@@ -14,7 +14,16 @@ import re
 from pathlib import Path
 
 SNAPSHOT = Path(__file__).with_name("api.json")
-MODULES = ["tritool", "tritool.ops", "tritool.reference", "tritool.cameras", "tritool.grid"]
+MODULES = [
+    "tritool",
+    "tritool.ops",
+    "tritool.models",
+    "tritool.losses",
+    "tritool.metrics",
+    "tritool.reference",
+    "tritool.cameras",
+    "tritool.grid",
+]
 
 
 def signature_of(value: object) -> str:

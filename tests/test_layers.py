@@ -16,7 +16,9 @@ CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "tritool"
 
 # What the first file may include: a layer, "<name>" prefixes for system headers.
-STANDARD = re.compile(r"<(c?(math|stdint|string|stddef|stdlib)|utility|type_traits|limits|immintrin)(\.h)?>")
+STANDARD = re.compile(
+    r"<(c?(math|stdint|string|stddef|stdlib)|utility|type_traits|limits|immintrin)(\.h)?>"
+)
 TORCH = re.compile(r"<torch/(csrc/stable|headeronly)/")
 
 # Which modules of the package each may import, besides its own folder.
@@ -29,6 +31,9 @@ PYTHON = {
     "_native": set(),
     "ops": {"_native"} | LEAVES,
     "models": {"ops"} | LEAVES,
+    "_poses": {"ops"},
+    "losses": {"_poses", "ops"} | LEAVES,
+    "metrics": {"_poses", "ops"} | LEAVES,
     "data": LEAVES,
     "reconstruction": {"ops", "data"} | LEAVES,
     "plot": {"data"} | LEAVES,
@@ -46,6 +51,9 @@ THIRD_PARTY = {
     "ops": {"torch"},
     "models": {"torch"},
     "_native": {"torch"},
+    "_poses": {"torch"},
+    "losses": {"torch"},
+    "metrics": {"torch"},
     "data": {"numpy", "torch"},
     "cli": set(),
     "__main__": set(),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tritool.grid import VoxelGrid
 
 _HOMES = {"Cameras": "cameras", "Distortion": "cameras", "VoxelGrid": "grid"}
-_MODULES = ("ops", "models", "reference", "cameras", "grid")
+_MODULES = ("ops", "models", "losses", "metrics", "reference", "cameras", "grid")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses: scalars, averaged over the joints that count, safe where joints are missing."""
+
+from tritool.losses.joints import l1, l2, mse, soft_mse
+from tritool.losses.volumes import volumetric_loss, volumetric_nll
+
+__all__ = ["l1", "l2", "mse", "soft_mse", "volumetric_loss", "volumetric_nll"]
