@@ -31,7 +31,7 @@ TRITOOL_HD MomentCotangent<Accumulator<In>> moment_cotangent(const SoftmaxMoment
       result.constant -= (a == b ? T(1) : T(2)) * symmetric * params.covariance[(map * dims + d) * dims + e];
     }
   }
-  if (params.values != nullptr)
+  if (params.values != nullptr && params.grad_mean != nullptr)
     result.value = value_cotangent(params.grad_mean[map * columns + dims], params.mean[map * columns + dims]);
   return result;
 }

@@ -34,7 +34,7 @@ struct LanePoints {
     for (int lane = 0; lane < N; ++lane) {
       source[lane] = params.source + offset[lane][Params::kSource];
       target[lane] = params.target + offset[lane][Params::kTarget];
-      weights[lane] = weighted ? params.weights + offset[lane][Params::kWeights] : nullptr;
+      weights[lane] = weighted ? params.weights + offset[lane][Params::kWeights] : source[lane];  // or never read
       same_source = same_source && source[lane] == source[0];
       same_target = same_target && target[lane] == target[0];
     }

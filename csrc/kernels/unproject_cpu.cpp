@@ -680,7 +680,7 @@ template <class In>
 Accumulator<In>* gradient_rows(const UnprojectParams<In>& params, const UnprojectGradients<In>& gradients, int64_t item,
                                int64_t part, const int64_t* offset) {
   using T = Accumulator<In>;
-  if (gradients.features == nullptr) return nullptr;
+  if (gradients.features == nullptr || (!gradients.direct && gradients.sums == nullptr)) return nullptr;
   if (gradients.direct) return reinterpret_cast<T*>(gradients.features) + offset[UnprojectParams<In>::kGradFeatures];
   return gradients.sums + (part * params.batch.count + item) * params.views * params.rows.view;
 }
