@@ -420,9 +420,51 @@ void for_channels(int64_t begin, int64_t end, Run&& run) {
   }
 }
 
+// A volume beyond the caches is written past them: fetching every line first, only to overwrite it, costs a third of
+// the memory traffic. Such stores have to be fenced before another thread reads.
+constexpr int64_t kStreamedBytes = int64_t(16) << 20;
+
+template <class P>
+TRITOOL_HD void stream_pack([[maybe_unused]] Real<P>* to, const P& pack) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(pack.v) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)pack.v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(pack.v) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)pack.v);
+#endif
+#if defined(__AVX512F__)
+  if constexpr (sizeof(pack.v) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)pack.v);
+#endif
+  store_pack(to, pack);
+}
+TRITOOL_HD void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Whether packs can be streamed to the volume: large, and every pack of a tile on a boundary of its size.
+template <class In>
+bool streams(const UnprojectParams<In>& params) {
+#if defined(__x86_64__)
+  constexpr int64_t kPack = kLanesOf<In>;
+  const int64_t (&stride)[2] = params.volume_stride;
+  const bool channels_first = stride[1] == 1;
+  bool fits = (channels_first || stride[0] == 1) && params.points % kPack == 0 && params.channels % kPack == 0 &&
+              reinterpret_cast<uintptr_t>(params.volume) % kVectorBytes == 0 &&
+              stride[channels_first ? 0 : 1] % kPack == 0;
+  for (int d = 0; d < params.batch.dims; ++d)
+    fits = fits && params.batch.stride[d][UnprojectParams<In>::kVolume] % kPack == 0;
+  return fits && params.batch.count * params.channels * params.points * int64_t(sizeof(In)) > kStreamedBytes;
+#else
+  return false;
+#endif
+}
+
 // to[column, row] = from[row, column], in whole squares of lanes as far as they go.
 template <class T>
-void transpose_into(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t rows, int64_t columns) {
+void transpose_into(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t rows, int64_t columns,
+                    bool stream = false) {
   using P = NativePack<T>;
   constexpr int N = P::kLanes;
   const int64_t whole_rows = rows - rows % N, whole_columns = columns - columns % N;
@@ -431,7 +473,10 @@ void transpose_into(T* to, int64_t to_stride, const T* from, int64_t from_stride
       P square[N];
       for (int n = 0; n < N; ++n) square[n] = load_pack<P>(from + (row + n) * from_stride + column);
       transpose(square);
-      for (int n = 0; n < N; ++n) store_pack(to + (column + n) * to_stride + row, square[n]);
+      for (int n = 0; n < N; ++n) {
+        T* const line = to + (column + n) * to_stride + row;
+        stream ? stream_pack(line, square[n]) : store_pack(line, square[n]);
+      }
     }
   }
   for (int64_t row = 0; row < rows; ++row)
@@ -442,12 +487,17 @@ void transpose_into(T* to, int64_t to_stride, const T* from, int64_t from_stride
 // Between a tile [voxel, channel] and the volume, both ways; channels beyond the last are read as 0.
 template <class In, class T>
 void write_tile(const UnprojectParams<In>& params, In* item, int64_t first, int lanes, int64_t channel, int width,
-                const T* tile) {
+                const T* tile, bool stream) {
   const int64_t (&stride)[2] = params.volume_stride;
   const int channels = int(params.channels - channel < width ? params.channels - channel : width);
   In* to = item + first * stride[1] + channel * stride[0];
   if constexpr (std::is_same_v<In, T>) {
-    if (stride[1] == 1) return transpose_into(to, stride[0], tile, width, lanes, channels);
+    if (stride[1] == 1) return transpose_into(to, stride[0], tile, width, lanes, channels, stream);
+    using P = NativePack<T>;
+    for (int lane = 0; stream && lane < lanes; ++lane)
+      for (int k = 0; k < channels; k += P::kLanes)
+        stream_pack(to + lane * stride[1] + k, load_pack<P>(tile + lane * width + k));
+    if (stream) return;
     for (int lane = 0; lane < lanes && stride[0] == 1; ++lane)
       memcpy(to + lane * stride[1], tile + lane * width, size_t(channels) * sizeof(T));
     if (stride[0] == 1) return;
@@ -580,6 +630,7 @@ void forward(const UnprojectParams<In>& params, int64_t begin, int64_t end) {
   const auto two = tiles_for<T, 2>(params.aggregation, weighted);
   const auto one = tiles_for<T, 1>(params.aggregation, weighted);
   const int64_t blocks = unproject_blocks(params.points);
+  const bool stream = std::is_same_v<In, T> && streams(params);
   ItemViews<In> item(params);
   alignas(64) T tile[kBlock * 2 * N];
   for (int64_t index = begin; index < end; ++index) {
@@ -591,9 +642,11 @@ void forward(const UnprojectParams<In>& params, int64_t begin, int64_t end) {
         two.forward(item.views, lanes, channel, tile);
       else
         one.forward(item.views, lanes, channel, tile);
-      write_tile(params, params.volume + item.offset[Params::kVolume], first, lanes, channel, packs.value * N, tile);
+      write_tile(params, params.volume + item.offset[Params::kVolume], first, lanes, channel, packs.value * N, tile,
+                 stream);
     });
   }
+  if (stream) fence_streams();
 }
 
 // Sums of the small operands' gradients over the voxels of a unit, one lane per voxel of a block; projections and frame

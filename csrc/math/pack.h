@@ -6,7 +6,7 @@
 
 #include "math/scalar.h"
 
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
