@@ -20,10 +20,10 @@ constexpr int kWarps = kBlock / kWarpSize;
 constexpr int kMaxLanes = 8;  // threads per voxel in the usual case
 constexpr int kInvalidExponent = 4096;
 
-// Blocks that a multiprocessor is to hold: 128 registers a thread suffice without spills but for the eight channels of
-// a vector of 16-bit features.
+// Blocks that a multiprocessor is to hold: with float32 128 registers a thread suffice without spills, with the eight
+// channels of a vector of 16-bit features, or float64, they do not.
 template <class In>
-constexpr int kMinBlocks = sizeof(In) == 2 ? 1 : 2;
+constexpr int kMinBlocks = sizeof(In) == 4 ? 2 : 1;
 
 // How the threads of a block divide voxels and channels.
 struct Tiling {

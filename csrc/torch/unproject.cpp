@@ -172,14 +172,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unproject_backward(const Tensor& grad
   const CurrentDevice current_device(features);
   const std::vector<int64_t> batch = leading_sizes(features, 4);
   check_tensor(grad, "grad", features.scalar_type(), features, int64_t(batch.size()), {features.size(-3), points});
-  const auto small_gradient = [&](const Tensor& like, bool wanted) {
-    return torch::stable::new_empty(like, wanted ? sizes_of(like) : std::vector<int64_t>{0});
-  };
   want_confidences = want_confidences && confidences.has_value();
-  Tensor grad_features = want_features ? torch::stable::empty_like(features) : small_gradient(features, false);
-  Tensor grad_projections = small_gradient(projections, want_projections);
-  Tensor grad_grid = small_gradient(grid, want_grid);
-  Tensor grad_confidences = small_gradient(want_confidences ? *confidences : projections, want_confidences);
+  Tensor grad_features = want_features ? torch::stable::empty_like(features) : new_gradient(features, false);
+  Tensor grad_projections = new_gradient(projections, want_projections);
+  Tensor grad_grid = new_gradient(grid, want_grid);
+  Tensor grad_confidences = new_gradient(want_confidences ? *confidences : projections, want_confidences);
   (void)deterministic;  // the CPU kernels always are
 
   dispatch_element(features, kOp, [&](auto element) {
