@@ -35,12 +35,13 @@ all: .venv/tritool
 # What the package needs to be built and tested, at pinned versions.
 .venv/environment: constraints.txt pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  setuptools wheel torch numpy scipy tqdm matplotlib pytest hypothesis pybind11 ninja cmake
+	  setuptools wheel torch numpy scipy tqdm matplotlib pillow accelerate safetensors pyyaml tensorboard \
+	  pytest hypothesis pybind11 ninja cmake
 	touch $@
 
 .venv/tools: .venv/environment
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  ruff mypy clang-format clang-tidy pre-commit
+	  ruff mypy types-PyYAML clang-format clang-tidy pre-commit
 	touch $@
 
 .venv/tritool: .venv/environment setup.py pyproject.toml $(NATIVE)

@@ -37,8 +37,9 @@ PYTHON = {
     "data": LEAVES,
     "reconstruction": {"ops", "data"} | LEAVES,
     "plot": {"data"} | LEAVES,
-    "demo": {"ops", "data", "plot", "reconstruction"} | LEAVES,
-    "cli": {"_native", "ops", "data", "plot", "demo", "reconstruction"} | LEAVES,
+    "training": {"ops", "models", "losses", "metrics", "data", "plot"} | LEAVES,
+    "demo": {"ops", "models", "metrics", "data", "plot", "reconstruction", "training"} | LEAVES,
+    "cli": {"_native", "ops", "data", "plot", "demo", "reconstruction", "training"} | LEAVES,
     "__main__": {"cli"},
     "__init__": LEAVES,
 }

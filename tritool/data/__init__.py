@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files in and out: recordings of calibrated views, and what was reconstructed from them."""
+"""Data in and out: recordings of calibrated views, and samples of images for the networks."""
 
 from tritool.data.recording import (
     Reconstruction,
@@ -12,12 +12,16 @@ from tritool.data.recording import (
     write_recording,
     written_aside,
 )
+from tritool.data.sample import Batch, Sample, collate
 
 __all__ = [
+    "Batch",
     "Reconstruction",
     "Recording",
     "RecordingError",
+    "Sample",
     "Status",
+    "collate",
     "make_recording",
     "read_recording",
     "write_reconstruction",
