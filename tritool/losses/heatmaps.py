@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of 2D heat maps: squared error to a Gaussian at the true joint."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritool.losses._mean import joint_weights, weighted_mean
+from tritool.ops import _check
+
+__all__ = ["heatmap_mse"]
+
+
+def heatmap_mse(
+    heatmaps: Tensor, target: Tensor, *, sigma: float = 2.0, valid: Tensor | None = None
+) -> Tensor:
+    r"""Mean squared difference of heat maps to Gaussians of height 1 at the true joints.
+
+    The Gaussian :math:`\exp(-|r - r^*|^2 / 2 \sigma^2)` is evaluated at the centres of the cells,
+    with the joint :math:`r^*` where it is, not rounded to a cell. Of a joint beyond the border the
+    map holds what reaches inside: the tail, and further away zeros.
+
+    Args:
+        heatmaps: `[..., J, H, W]`, as the network gives them, before any softmax. float16 and
+            bfloat16 are read as such and summed in float32.
+        target: `[..., J, 2]`, (x, y) in cells of the map, the centre of the first cell being
+            (0, 0). A joint that is not finite does not count.
+        sigma: Standard deviation of the Gaussian in cells, above 0.
+        valid: `[..., J]` or what broadcasts to it; boolean, or weights of at least 0. None: every
+            joint counts alike.
+
+    Returns:
+        `[]`, float32 or float64: the mean over cells and the joints that count, weighted by
+        `valid`. 0, with zero gradient, if none does; NaN, with zero gradient, if the map of a joint
+        that counts is not finite, or its weight negative or not finite.
+
+    Raises:
+        TypeError: An argument is not a tensor of the right kind.
+        ValueError: Shapes or devices do not fit, or `sigma` is not above 0.
+
+    Example:
+        >>> target = torch.tensor([[3.0, 2.0]])
+        >>> heatmaps = torch.zeros(1, 5, 8)
+        >>> heatmaps[0, 2, 3] = 1  # the right place, but without the slopes
+        >>> round(float(heatmap_mse(heatmaps, target, sigma=0.5)), 4)
+        0.0019
+        >>> float(heatmap_mse(heatmaps, target * torch.nan))  # nothing is known
+        0.0
+    """
+    _check.tensors({"heatmaps": heatmaps, "target": target})
+    _check.trailing("heatmaps", heatmaps, "[..., J, H, W]", (None, None, None))
+    if target.shape != (*heatmaps.shape[:-2], 2):
+        raise ValueError(
+            f"target must be [..., J, 2] to fit heatmaps, {(*heatmaps.shape[:-2], 2)}, "
+            f"got {tuple(target.shape)}"
+        )
+    sigma = _check.positive_number("sigma", sigma)
+    dtype = _check.geometry_dtype((heatmaps, target))
+    present = target.isfinite().all(-1)
+    weights = joint_weights(present, valid, dtype)
+    counts = weights != 0
+
+    height, width = heatmaps.shape[-2:]
+    x, y = torch.where(present[..., None], target, 0).to(dtype).unbind(-1)
+    # The one tensor of the maps' size that is kept: product, difference and mask are in one place.
+    difference = _slope(y, height, sigma)[..., :, None] * _slope(x, width, sigma)[..., None, :]
+    difference = difference.sub_(heatmaps)
+    # A map that is not finite makes the loss NaN in the end, not here.
+    broken = ~difference.detach().sum((-2, -1)).isfinite()
+    difference = difference.masked_fill_((broken | ~counts)[..., None, None], 0)
+    mean = weighted_mean(difference.square().sum((-2, -1)) / max(height * width, 1), weights)
+    return torch.where((broken & counts).any(), torch.nan, mean)
+
+
+def _slope(center: Tensor, size: int, sigma: float) -> Tensor:
+    """The Gaussian along one axis, [..., size]; that of the map is the product of two."""
+    cells = torch.arange(size, dtype=center.dtype, device=center.device)
+    return torch.exp(-0.5 * ((cells - center[..., None]) / sigma).square())
