@@ -8,6 +8,7 @@ Triangulation of Human Pose" (ICCV 2019), which `load_official_checkpoint` reads
 """
 
 from tritool.models.checkpoints import LoadReport, load_imagenet_trunk, load_official_checkpoint
+from tritool.models.images import normalize_images
 from tritool.models.pose_resnet import PoseResNet, PoseResNetOutput
 from tritool.models.v2v import V2V
 
@@ -18,4 +19,5 @@ __all__ = [
     "PoseResNetOutput",
     "load_imagenet_trunk",
     "load_official_checkpoint",
+    "normalize_images",
 ]
