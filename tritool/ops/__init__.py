@@ -3,6 +3,7 @@
 
 from tritool.ops.project import Project, project
 from tritool.ops.rigid_align import RigidAlign, RigidTransform, rigid_align
+from tritool.ops.robust import RobustTriangulation, refine, robust_triangulate
 from tritool.ops.soft_argmax import (
     Moments,
     SoftArgmax2d,
@@ -22,6 +23,7 @@ __all__ = [
     "Project",
     "RigidAlign",
     "RigidTransform",
+    "RobustTriangulation",
     "SoftArgmax2d",
     "SoftArgmax3d",
     "SoftArgmax25d",
@@ -29,7 +31,9 @@ __all__ = [
     "Triangulate",
     "Unproject",
     "project",
+    "refine",
     "rigid_align",
+    "robust_triangulate",
     "soft_argmax2d",
     "soft_argmax3d",
     "soft_argmax25d",
