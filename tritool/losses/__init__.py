@@ -3,6 +3,40 @@
 
 from tritool.losses.heatmaps import heatmap_mse
 from tritool.losses.joints import l1, l2, mse, soft_mse
+from tritool.losses.multi_view import (
+    limb_length_loss,
+    mean_limb_lengths,
+    multi_view_consistency,
+    published_limb_lengths,
+)
 from tritool.losses.volumes import volumetric_loss, volumetric_nll
+from tritool.losses.weak import (
+    DepthSign,
+    WeakLoss,
+    WeakLossSettings,
+    bending,
+    bending_prior,
+    depth_sign_check,
+    weak_total,
+)
 
-__all__ = ["heatmap_mse", "l1", "l2", "mse", "soft_mse", "volumetric_loss", "volumetric_nll"]
+__all__ = [
+    "DepthSign",
+    "WeakLoss",
+    "WeakLossSettings",
+    "bending",
+    "bending_prior",
+    "depth_sign_check",
+    "heatmap_mse",
+    "l1",
+    "l2",
+    "limb_length_loss",
+    "mean_limb_lengths",
+    "mse",
+    "multi_view_consistency",
+    "published_limb_lengths",
+    "soft_mse",
+    "volumetric_loss",
+    "volumetric_nll",
+    "weak_total",
+]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tritool.ops import _check
+from tritool.ops._limbs import checked_lengths, checked_limbs, take
 from tritool.skeletons import _plain, side
 
 __all__ = [
@@ -112,7 +113,8 @@ def reconstruct_pose(
                 [ 0.4500, -0.4500,  4.5000]])
     """
     joints = _check_25d(xy, relative_depth, K)
-    (k, l), length = _checked_pair("pair", pair, joints), _check.positive_number("length", length)
+    (k,), (l,) = checked_limbs("pair", (pair,), joints)
+    length = _check.positive_number("length", length)
     _check_guards(min_spread, min_ratio, depth_range)
     rays, depths, known = _known_rays(xy, relative_depth, K)
     root = _root_depth(
@@ -165,16 +167,15 @@ def reconstruct_pose_median(
         ValueError: Shapes or devices do not fit, or a number is not as above.
     """
     joints = _check_25d(xy, relative_depth, K)
-    pairs = _checked_limbs(limbs, joints)
+    first, second = checked_limbs("limbs", limbs, joints)
     _check_guards(min_spread, min_ratio, depth_range)
     rays, depths, known = _known_rays(xy, relative_depth, K)
-    mean = _checked_lengths("lengths", lengths, len(pairs), rays)
-    first, second = ([pair[side] for pair in pairs] for side in (0, 1))
+    mean = checked_lengths("lengths", lengths, len(limbs), rays)
     # One estimate a limb, in the place of the last dimension.
     each = _root_depth(
-        (_take(rays, first), _take(rays, second)),
-        (_take(depths[..., None], first)[..., 0], _take(depths[..., None], second)[..., 0]),
-        (_take(known[..., None], first) & _take(known[..., None], second))[..., 0],
+        (take(rays, first, -2), take(rays, second, -2)),
+        (take(depths, first, -1), take(depths, second, -1)),
+        take(known, first, -1) & take(known, second, -1),
         mean,
         min_spread,
         min_ratio,
@@ -355,7 +356,7 @@ def rotation_affine(angle: Tensor, size: tuple[int, int], *, scale: Tensor | flo
     cos, sin = scale * angle.cos(), scale * angle.sin()
     x, y = (width - 1) / 2, (height - 1) / 2
     rows = [cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y]
-    return torch.stack(rows, -1).reshape(*angle.shape, 2, 3)
+    return torch.stack(rows, -1).reshape(*cos.shape, 2, 3)
 
 
 def flip_affine(
@@ -448,7 +449,8 @@ def absolute_scale(
 
     Returns:
         `[...]`, unit of `mean_lengths` over that of `pose`, to multiply the pose with. NaN, with
-        zero gradient, where no limb counts or all have length 0.
+        zero gradient, where no limb counts or all have length 0, or the confidence of a joint that
+        is there is negative or not finite.
 
     Raises:
         TypeError: An argument is not a floating-point tensor.
@@ -462,22 +464,23 @@ def absolute_scale(
             f"confidences must be [..., J] to fit pose, {tuple(pose.shape[:-1])}, "
             f"got {tuple(confidences.shape)}"
         )
-    pairs = _checked_limbs(limbs, pose.shape[-2])
+    first, second = checked_limbs("limbs", limbs, pose.shape[-2])
     dtype = _check.geometry_dtype(tensors.values())
     pose = pose.to(dtype)
-    mean = _checked_lengths("mean_lengths", mean_lengths, len(pairs), pose)
-    known = pose.isfinite().all(-1, keepdim=True)
+    mean = checked_lengths("mean_lengths", mean_lengths, len(limbs), pose)
+    known = pose.isfinite().all(-1)
     weights = known.to(dtype)
+    wrong = torch.zeros_like(known)
     if confidences is not None:
-        weights = torch.where(known, confidences.to(dtype)[..., None], 0)
-    joints = torch.where(known, pose, 0)
-    first, second = ([pair[end] for pair in pairs] for end in (0, 1))
-    w = (_take(weights, first) * _take(weights, second))[..., 0]
-    square = (_take(joints, first) - _take(joints, second)).square().sum(-1)
+        wrong = known & ~((confidences >= 0) & confidences.isfinite())
+        weights = torch.where(known & ~wrong, confidences.to(dtype), 0)
+    joints = torch.where(known[..., None], pose, 0)
+    w = take(weights, first, -1) * take(weights, second, -1)
+    square = (take(joints, first, -2) - take(joints, second, -2)).square().sum(-1)
     nonzero = square > 0
     l = torch.where(nonzero, torch.where(nonzero, square, 1).sqrt(), 0)
     total = (w * square).sum(-1)
-    determined = total > 0
+    determined = (total > 0) & ~wrong.any(-1)
     scale = (w * l * mean).sum(-1) / torch.where(determined, total, 1)
     return torch.where(determined, scale, torch.nan)
 
@@ -519,48 +522,7 @@ def _check_guards(
         )
 
 
-def _checked_pair(name: str, pair: tuple[int, int], joints: int) -> tuple[int, int]:
-    indices = tuple(pair)
-    if (
-        len(indices) != 2
-        or indices[0] == indices[1]
-        or any(not isinstance(j, int) or not 0 <= j < joints for j in indices)
-    ):
-        raise ValueError(
-            f"{name} must be two different joint indices from 0 to {joints - 1}, got {indices}"
-        )
-    return indices
-
-
-def _checked_limbs(limbs: Sequence[tuple[int, int]], joints: int) -> list[tuple[int, int]]:
-    if not limbs:
-        raise ValueError("limbs must be one or more pairs of joints, got none")
-    return [_checked_pair("limbs", limb, joints) for limb in limbs]
-
-
-def _checked_lengths(
-    name: str, lengths: Sequence[float] | Tensor, count: int, like: Tensor
-) -> Tensor:
-    """Lengths [L] beside a tensor. Those of a tensor are not looked at, for that would wait."""
-    if isinstance(lengths, Tensor):
-        _check.tensors({"pose": like, name: lengths})
-        values = lengths
-    else:
-        wrong = [n for n in lengths if not (n > 0 and math.isfinite(n))]
-        if wrong:
-            raise ValueError(f"{name} must be finite numbers above 0, got {wrong[0]}")
-        values = torch.tensor(list(lengths), dtype=like.dtype)
-    if values.shape != (count,):
-        raise ValueError(f"{name} must be [L] with L = {count} as in limbs, got {len(lengths)}")
-    return values.to(like.device, like.dtype, non_blocking=True)
-
-
 def _checked_size(size: tuple[int, int], name: str = "size") -> tuple[int, int]:
     if len(size) != 2 or any(not n >= 1 for n in size):
         raise ValueError(f"{name} must be (W, H), each at least 1, got {size}")
     return size
-
-
-def _take(values: Tensor, joints: Sequence[int]) -> Tensor:
-    """Some joints of [..., J, D]; indexing with a list would copy it to the device, and wait."""
-    return torch.stack([values[..., joint, :] for joint in joints], -2)
