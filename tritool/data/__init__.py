@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data in and out: recordings of calibrated views, and samples of images for the networks."""
+"""Data in and out: recordings of calibrated views, and samples of images for the networks.
+
+Generated samples are in `tritool.data.synthetic`.
+"""
 
 from tritool.data.recording import (
     Reconstruction,
@@ -13,6 +16,7 @@ from tritool.data.recording import (
     written_aside,
 )
 from tritool.data.sample import Batch, Sample, collate
+from tritool.data.undistort import undistorted
 
 __all__ = [
     "Batch",
@@ -24,6 +28,7 @@ __all__ = [
     "collate",
     "make_recording",
     "read_recording",
+    "undistorted",
     "write_reconstruction",
     "write_recording",
     "written_aside",
