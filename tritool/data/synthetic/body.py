@@ -187,8 +187,9 @@ def turn(body: Dimensions, angles: Array, yaw: Array | float) -> Pose:
             local[:, bone] = _flat_foot(above)
         turns[:, bone] = above @ local[:, bone]
 
-    def along(bone: str, offset: tuple[float, float, float] | Array) -> Array:
-        return np.einsum("tij,...j->ti", turns[:, BONES.index(bone)], np.asarray(offset))
+    def along(bone: str, offset: tuple[float, float, float]) -> Array:
+        moved: Array = turns[:, BONES.index(bone)] @ np.asarray(offset)
+        return moved
 
     at: dict[str, Array] = {"pelvis": np.zeros((count, 3))}
     at["spine"] = along("abdomen", (0, 0, body.loin))

@@ -124,19 +124,14 @@ def _floor_sitting(a: _Angles) -> None:
 
 
 def _crouching(a: _Angles) -> None:
-    pitch = a.draw((8, 34))
-    thigh = a.draw((62, 98))
+    pitch, depth = a.draw((8, 34)), a.draw((84, 124))
     a.values[:, _BONE["pelvis"], 0] = pitch
-    for side in "rl":
-        # Shanks lean forward, so that the feet are below the trunk.
-        flexion = thigh + a.draw((-8, 8))
-        a.values[:, _BONE[f"{side}_thigh"], 0] = flexion + pitch
-        a.values[:, _BONE[f"{side}_shank"], 0] = flexion + a.draw((20, 32))
     a.alike("thigh", (0, 0), (6, 26), (-22, -4))
     for side in "rl":
-        a.values[:, _BONE[f"{side}_thigh"], 0] = (
-            a.values[:, _BONE[f"{side}_shank"], 0] - a.draw((22, 30)) + pitch
-        )
+        # Shanks lean forward, so that the feet are below the trunk.
+        knee = depth + a.draw((-8, 8))
+        a.values[:, _BONE[f"{side}_shank"], 0] = knee
+        a.values[:, _BONE[f"{side}_thigh"], 0] = knee - a.draw((20, 30)) + pitch
     a.set("abdomen", (4, 30), (-5, 5), (-8, 8))
     a.both("upper_arm", (30, 85), (2, 22), (0, 25))
     a.both("forearm", (10, 75))
@@ -222,8 +217,7 @@ def _lying(a: _Angles) -> None:
         a.both("shank", (2, 30))
         a.set("head", (-35, -5), (-8, 8), (-40, 40))
     else:  # on a side
-        sign = 1 if a.rng.integers(2) else -1
-        a.set("pelvis", (-8, 8), (sign * 82, sign * 94))
+        a.set("pelvis", (-8, 8), (82, 94) if a.rng.integers(2) else (-94, -82))
         a.both("upper_arm", (30, 90), (-10, 15), (-10, 20))
         a.both("forearm", (20, 100))
         a.alike("thigh", (20, 80), (-6, 4), (-10, 10), spread=12)
@@ -290,8 +284,5 @@ def _collisions(joints: Array, body: Dimensions) -> Array:
     offset = joints[:, points] - start
     share = np.clip((offset * along).sum(-1) / (along * along).sum(-1), 0, 1)
     distance = np.linalg.norm(offset - share[..., None] * along, axis=-1)
-    short = np.clip(wanted - distance, 0, None).sum(-1)
-    # Nothing but the pelvis region may be far below the feet when standing: no check is needed
-    # here, since the whole figure is put on the floor afterwards.
-    result: Array = np.where(short < 1e-9, 0.0, short)
+    result: Array = np.clip(wanted - distance, 0, None).sum(-1)
     return result

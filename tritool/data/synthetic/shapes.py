@@ -22,6 +22,7 @@ __all__ = [
     "Solids",
     "boxes",
     "cones",
+    "cross",
     "ellipsoids",
     "joined",
     "patterned",
@@ -89,6 +90,12 @@ class Faces:
     def __len__(self) -> int:
         """The number of parallelograms M."""
         return len(self.origin)
+
+
+def cross(a: Array, b: Array) -> Array:
+    """[N, 3], products of [N, 3]; many times as quick as NumPy's for the few of a scene."""
+    (ax, ay, az), (bx, by, bz) = a.T, b.T
+    return np.array([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx]).T
 
 
 Shapes = TypeVar("Shapes", Solids, Faces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ from torch.utils.data import Dataset
 from tritool.data.sample import Sample
 from tritool.data.synthetic.body import BONES, Pose, put_on_floor
 from tritool.data.synthetic.cameras import Rig, crop_boxes, draw_rig
+from tritool.data.synthetic.eyes import Eyes, Floats
 from tritool.data.synthetic.figure import Subject, draw_subject, lowest, posed
 from tritool.data.synthetic.poses import draw_pose
-from tritool.data.synthetic.render import Eyes, Floats, first_depths, render
+from tritool.data.synthetic.render import render
 from tritool.data.synthetic.scene import (
     Scene,
     draw_clutter,
@@ -25,12 +27,16 @@ from tritool.data.synthetic.scene import (
 )
 from tritool.data.synthetic.settings import StudioSettings
 from tritool.data.synthetic.shapes import TEXTURE, Array, Faces, Flags, Solids, joined
+from tritool.data.synthetic.trace import first_depths
 from tritool.skeletons import HUMAN36M_JOINTS
 
 __all__ = ["Studio"]
 
 # What chance is drawn for; each has its own stream of numbers.
 _SUBJECT, _SAMPLE, _RIG, _IMAGE = range(4)
+
+# 256 equally likely values of a standard normal distribution: a byte looks up a grain of noise.
+_NOISE = np.array([NormalDist().inv_cdf((k + 0.5) / 256) for k in range(256)], np.float32)
 
 # Below this a sitting person sits on the floor, mm.
 _LOWEST_SEAT = 150.0
@@ -289,16 +295,13 @@ def _visible(
     full = (pixels + 0.5) * sides / size - 0.5 + boxes[:, None, :2]
     inside &= ((full >= -0.5) & (full < np.array(settings.full_size) - 0.5)).all(-1)
     rays = eyes.rays(np.where(inside[..., None], pixels, 0.0))
-    solids, faces = first_depths(eyes, take.scene, rays)
+    solids, faces = first_depths(eyes, take.scene.solids, take.scene.faces, rays)
     depth = np.einsum("cj,ij->ci", eyes.R[:, 2], take.joints) - np.einsum(
         "cj,cj->c", eyes.R[:, 2], eyes.centres
     )[:, None]  # fmt: skip
     limit = depth - take.tolerance
     hidden = (solids < limit[..., None]) & ~take.scene.solids.own.T[None]
-    # What is no part of the body is never inside it: a small margin for rounding.
-    count = len(take.scene.solids)
-    hidden = hidden.any(-1) if count else np.zeros_like(inside)
-    result: Flags = inside & ~hidden & ~(faces < limit[..., None]).any(-1)
+    result: Flags = inside & ~hidden.any(-1) & ~(faces < limit[..., None]).any(-1)
     return result
 
 
@@ -320,12 +323,8 @@ def _developed(
     )
     image *= (255 * np.clip(gain, 0, None)).astype(np.float32)[..., None, None]
     strength = rng.uniform(*settings.noise, views).astype(np.float32)
-    # The sum of two uniform bytes has a standard deviation of 104.5 and is quick to draw.
-    raw = rng.integers(0, 256, (2, *image.shape), np.uint8)
-    grains = raw[0].astype(np.float32)
-    grains += raw[1]
-    grains -= np.float32(255)
-    grains *= (strength / np.float32(104.5))[:, None, None, None]
+    grains = _NOISE.take(np.frombuffer(rng.bytes(image.size), np.uint8).reshape(image.shape))
+    grains *= strength[:, None, None, None]
     image += grains
     image += np.float32(0.5)
     np.clip(image, 0, 255, out=image)
