@@ -44,6 +44,9 @@ class WeakLossSettings:
     The factors are those of the paper as far as they are known: docs/weak_supervision.md.
 
     Attributes:
+        heatmap: Factor of the heat maps; 0: not computed. Their loss is a mean over the cells, most
+            of which are far from any joint: to give a moved joint the same weight on maps of
+            another size, scale the factor with the number of cells.
         alpha: Factor of the consistency of views; 0: not computed.
         psi: Factor of the limb lengths; 0: not computed.
         bending: Factor of `bending_prior`, which is no part of the paper; 0: not computed.
@@ -58,6 +61,7 @@ class WeakLossSettings:
         ValueError: A factor is negative or not finite.
     """
 
+    heatmap: float = 1.0
     alpha: float = 10.0
     psi: float = 5.0
     bending: float = 0.0
@@ -70,7 +74,7 @@ class WeakLossSettings:
 
     def __post_init__(self) -> None:
         """Checks the factors; the rest is checked where it is used."""
-        for name in ("alpha", "psi", "bending"):
+        for name in ("heatmap", "alpha", "psi", "bending"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
@@ -80,7 +84,7 @@ class WeakLoss(NamedTuple):
     """The loss of `weak_total` and its terms, each a scalar and without its factor.
 
     Attributes:
-        total: `heatmaps + alpha consistency + psi limb_lengths + bending_factor bending`.
+        total: The sum, each term times its factor in the settings.
         heatmaps: `heatmap_mse`; 0 without labels.
         consistency: `multi_view_consistency`; 0 without poses.
         limb_lengths: `limb_length_loss`; 0 without poses.
@@ -153,7 +157,7 @@ def weak_total(
     assert first is not None
     zero = torch.zeros((), dtype=_check.geometry_dtype((first,)), device=first.device)
     terms = {"heatmaps": zero, "consistency": zero, "limb_lengths": zero, "bending": zero}
-    if heatmaps is not None and target is not None:
+    if heatmaps is not None and target is not None and settings.heatmap:
         terms["heatmaps"] = heatmap_mse(heatmaps, target, sigma=settings.sigma, valid=target_valid)
     if poses is not None and settings.alpha:
         terms["consistency"] = multi_view_consistency(
@@ -176,7 +180,7 @@ def weak_total(
             poses, confidences, valid=valid, margin=settings.bending_margin, joint_names=joint_names
         )
     total = (
-        terms["heatmaps"]
+        settings.heatmap * terms["heatmaps"]
         + settings.alpha * terms["consistency"]
         + settings.psi * terms["limb_lengths"]
         + settings.bending * terms["bending"]
@@ -373,7 +377,7 @@ def _wrong_share(
         return poses.new_full((), torch.nan)
     bent = value.abs() > least_bend
     number = bent.sum()
-    share = (bent & (value < 0)).sum() / number.clamp(min=1)
+    share = (bent & (value < 0)).sum().to(value.dtype) / number.clamp(min=1)
     return torch.where(number > 0, share, torch.nan)
 
 

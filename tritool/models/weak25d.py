@@ -74,7 +74,9 @@ class WeaklySupervisedPose(nn.Module):
             `tritool.skeletons.HUMAN36M_JOINTS`, for 17 joints only.
         pair: The two joints of the known length. None: neck and pelvis of the same joints.
         length: The known length; it sets the unit of poses and depths.
-        inverse_temperature: :math:`\lambda`, the factor of the heat maps before the softmax.
+        inverse_temperature: :math:`\lambda`, the factor of the heat maps before the softmax. 20
+            reads Gaussians with the sigma of `tritool.losses.heatmap_mse` to 0.05 cells; 100, as in
+            learnable triangulation, to 0.3: the softmax is then narrower than a cell.
         learnable_temperature: Learn a factor of :math:`\lambda` for each joint, 1 at first.
         width: Channels of the backbone's first convolution.
         deconv_channels: Channels of the backbone's transposed convolutions.
@@ -105,7 +107,7 @@ class WeaklySupervisedPose(nn.Module):
         root: int | None = None,
         pair: tuple[int, int] | None = None,
         length: float = 1.0,
-        inverse_temperature: float = 100.0,
+        inverse_temperature: float = 20.0,
         learnable_temperature: bool = False,
         width: int = 64,
         deconv_channels: int = 256,

@@ -1,0 +1,665 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses without 3D labels: values by loops, laws, gradients, missing views, wrong solutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import weak_scenes
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+from weak_scenes import HUMAN36M_JOINTS, PAIR, at
+
+from tritool import losses
+from tritool.losses import (
+    WeakLossSettings,
+    bending,
+    bending_prior,
+    depth_sign_check,
+    limb_length_loss,
+    mean_limb_lengths,
+    multi_view_consistency,
+    published_limb_lengths,
+    weak_total,
+)
+from tritool.models.reconstruct import reconstruct_pose
+from tritool.skeletons import limbs
+
+seeds = st.integers(0, 2**31)
+LIMBS = limbs(HUMAN36M_JOINTS)
+norms = pytest.mark.parametrize("norm", ["l1", "l2"])
+
+
+def noisy(seed: int = 0, *, batch: int = 2, count: int = 3, noise: float = 0.1) -> Tensor:
+    """Poses [batch, count, 17, 3] of the same people that do not quite agree."""
+    generator = torch.Generator().manual_seed(seed)
+    poses = weak_scenes.views(seed, batch=batch, count=count).pose
+    return poses + noise * torch.randn(poses.shape, generator=generator, dtype=torch.float64)
+
+
+def weights(*shape: int, seed: int = 0) -> Tensor:
+    return weak_scenes.uniform(torch.Generator().manual_seed(seed), 0.3, 1.0, *shape)
+
+
+def procrustes(
+    source: np.ndarray, target: np.ndarray, w: np.ndarray, points: np.ndarray | None = None
+) -> np.ndarray:
+    """Points (the source itself) moved as the source is to be laid onto the target, one pose."""
+    w = w[:, None] / w.sum()
+    a, b = (w * source).sum(0), (w * target).sum(0)
+    u, _, vt = np.linalg.svd((w * (source - a)).T @ (target - b))
+    turn = vt.T @ np.diag([1, 1, np.linalg.det(vt.T @ u.T)]) @ u.T
+    return ((source if points is None else points) - a) @ turn.T + b
+
+
+def by_loops(poses: Tensor, confidences: Tensor, norm: str, floor: float, least: int) -> float:
+    """The loss of poses [B, C, J, 3], pair by pair."""
+    p, phi = poses.numpy(), confidences.numpy()
+    total = weight = 0.0
+    for b in range(p.shape[0]):
+        for v in range(p.shape[1]):
+            for other in range(p.shape[1]):
+                w = phi[b, v] * phi[b, other]
+                used = w > floor
+                if v == other or used.sum() < least:
+                    continue
+                moved = procrustes(p[b, other][used], p[b, v][used], w[used])
+                difference = p[b, v][used] - moved
+                each = (
+                    abs(difference).sum(-1) if norm == "l1" else np.linalg.norm(difference, axis=-1)
+                )
+                total += (w[used] * each).sum()
+                weight += w[used].sum()
+    return total / weight if weight else 0.0
+
+
+# ---- Consistency: values and laws ----
+
+
+@norms
+@given(seed=seeds)
+def test_against_loops(norm: Any, seed: int) -> None:
+    poses, phi = noisy(seed), weights(2, 3, 17, seed=seed)
+    phi[0, 1, 3:], phi[1, 2, 5] = 0.05, 0.0  # a pair of too few joints, a single joint
+    got = multi_view_consistency(poses, phi, norm=norm, floor=0.1)
+    assert got.item() == pytest.approx(by_loops(poses, phi, norm, 0.1, 4), rel=1e-9)
+    ones = torch.ones_like(phi)
+    got = multi_view_consistency(poses, norm=norm)
+    assert got.item() == pytest.approx(by_loops(poses, ones, norm, 0.01, 4), rel=1e-9)
+
+
+@given(seeds)
+def test_law_rigid_motions_of_one_pose_are_consistent(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    person = weak_scenes.people(generator, 3) / 492
+    turn = weak_scenes.rotations(generator, 3, 5)
+    shift = weak_scenes.uniform(generator, -5, 5, 3, 5, 1, 3)
+    poses = torch.einsum("bcij,bnj->bcni", turn, person) + shift
+    for norm in ("l1", "l2"):
+        assert multi_view_consistency(poses, norm=norm) < 1e-13
+        assert multi_view_consistency(poses.float(), norm=norm) < 2e-5
+        # Also where some joints are missing in some views.
+        holes = torch.where(torch.rand(3, 5, 17, 1, generator=generator) < 0.2, torch.nan, poses)
+        assert multi_view_consistency(holes, norm=norm) < 1e-13
+
+
+@given(seeds)
+def test_law_a_rigid_motion_of_any_view_changes_no_distance(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    poses, phi = noisy(seed), weights(2, 3, 17, seed=seed)
+    turn = weak_scenes.rotations(generator, 2, 3)
+    shift = weak_scenes.uniform(generator, -5, 5, 2, 3, 1, 3)
+    moved = torch.einsum("bcij,bcnj->bcni", turn, poses) + shift
+    expected = multi_view_consistency(poses, phi, norm="l2")
+    assert expected > 0.05
+    torch.testing.assert_close(multi_view_consistency(moved, phi, norm="l2"), expected)
+    # Along the axes of a camera only shifts change nothing.
+    expected = multi_view_consistency(poses, phi, norm="l1")
+    torch.testing.assert_close(multi_view_consistency(poses + shift, phi, norm="l1"), expected)
+    rotated = multi_view_consistency(moved, phi, norm="l1")
+    assert 0.5 < rotated / expected < 2
+
+
+@norms
+@given(seed=seeds)
+def test_law_order_and_absent_views(norm: Any, seed: int) -> None:
+    poses, phi = noisy(seed, count=4), weights(2, 4, 17, seed=seed)
+    expected = multi_view_consistency(poses, phi, norm=norm)
+    order = torch.tensor([2, 0, 3, 1])
+    got = multi_view_consistency(poses[:, order], phi[:, order], norm=norm)
+    torch.testing.assert_close(got, expected)
+    expected = multi_view_consistency(poses[:, [0, 1, 3]], phi[:, [0, 1, 3]], norm=norm)
+    valid = torch.tensor([True, True, False, True])
+    torch.testing.assert_close(multi_view_consistency(poses, phi, valid=valid, norm=norm), expected)
+    blank = poses.clone()
+    blank[:, 2] = torch.nan
+    torch.testing.assert_close(multi_view_consistency(blank, phi, norm=norm), expected)
+    doubt = phi.clone()
+    doubt[:, 2] = 0
+    torch.testing.assert_close(multi_view_consistency(poses, doubt, norm=norm), expected)
+
+
+@norms
+def test_law_unit_and_scale_of_confidences(norm: Any) -> None:
+    poses, phi = noisy(), weights(2, 3, 17)
+    expected = multi_view_consistency(poses, phi, norm=norm, floor=0)
+    got = multi_view_consistency(492 * poses, phi / 7, norm=norm, floor=0)
+    torch.testing.assert_close(got, 492 * expected)
+
+
+def test_mirror_images_do_not_agree() -> None:
+    poses = weak_scenes.views(0).pose
+    mirrored = poses.clone()
+    mirrored[:, 1, :, 2] *= -1
+    assert multi_view_consistency(mirrored) > 0.1
+
+
+def test_views_without_a_batch_and_pairs_of_one() -> None:
+    poses = noisy(batch=1)
+    torch.testing.assert_close(multi_view_consistency(poses[0]), multi_view_consistency(poses))
+    assert multi_view_consistency(poses[:, :1]) == 0
+
+
+# ---- Consistency: gradients ----
+
+
+@norms
+def test_derivatives(norm: Any) -> None:
+    poses, phi = noisy(batch=1)[..., :6, :].requires_grad_(), weights(1, 3, 6).requires_grad_()
+
+    def call(p: Tensor, w: Tensor) -> Tensor:
+        return multi_view_consistency(p, w, norm=norm, through_transform=True)
+
+    assert gradcheck(call, (poses, phi))
+
+
+@norms
+def test_the_motion_is_a_constant_by_default(norm: Any) -> None:
+    poses, phi = noisy(batch=1, count=2), weights(1, 2, 17)
+    p = poses[0].numpy()
+    w = (phi[0, 0] * phi[0, 1]).numpy()
+
+    frame = np.vstack([np.zeros(3), np.eye(3)])
+
+    def motion(source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        moved = procrustes(source, target, w, frame)
+        return (moved[1:] - moved[0]).T, moved[0]
+
+    expected = torch.zeros_like(poses[0])
+    for v, other in ((0, 1), (1, 0)):
+        turn, shift = motion(p[other], p[v])
+        difference = p[v] - (p[other] @ turn.T + shift)
+        slope = np.sign(difference)
+        if norm == "l2":
+            slope = difference / np.linalg.norm(difference, axis=-1, keepdims=True)
+        slope = slope * w[:, None] / (2 * w.sum())
+        expected[v] += torch.from_numpy(slope)
+        expected[other] -= torch.from_numpy(slope @ turn)
+    poses.requires_grad_()
+    multi_view_consistency(poses, phi, norm=norm).backward()
+    torch.testing.assert_close(poses.grad[0], expected)
+    assert (poses.grad != 0).any(-1).all()
+
+
+@norms
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize(
+    "why", ["one view", "no view", "masked", "nan", "few joints", "line", "equal", "empty", "doubt"]
+)
+def test_nothing_to_compare(norm: Any, through: bool, why: str) -> None:
+    poses, phi = noisy(), weights(2, 3, 17)
+    valid = torch.ones(2, 3, dtype=torch.bool)
+    if why == "one view":
+        valid[:, 1:] = False
+    elif why == "no view":
+        poses, phi, valid = poses[:, :0], phi[:, :0], valid[:, :0]
+    elif why == "masked":
+        valid[:] = False
+    elif why == "nan":
+        poses[:, 1:] = torch.nan
+    elif why == "few joints":
+        poses[:, :, 3:] = torch.nan
+    elif why == "line":
+        poses = torch.arange(17.0, dtype=torch.float64)[:, None].expand(2, 3, 17, 3).clone()
+    elif why == "equal":
+        poses = torch.ones_like(poses)
+    elif why == "empty":
+        poses, phi, valid = poses[:0], phi[:0], valid[:0]
+    elif why == "doubt":
+        phi[:] = 0.05
+    poses.requires_grad_()
+    phi.requires_grad_()
+    got = multi_view_consistency(
+        poses, phi, valid=valid, norm=norm, through_transform=through, floor=0.01
+    )
+    assert got == 0
+    got.backward()
+    for each in (poses, phi):
+        assert torch.equal(each.grad, torch.zeros_like(each))
+
+
+def test_a_sample_of_one_view_contributes_nothing() -> None:
+    poses = noisy(batch=3)
+    valid = torch.tensor([[True, True, True], [False, True, False], [True, True, True]])
+    expected = multi_view_consistency(poses[[0, 2]])
+    poses = poses.requires_grad_()
+    got = multi_view_consistency(poses, valid=valid)
+    torch.testing.assert_close(got, expected)
+    got.backward()
+    assert (poses.grad[1] == 0).all()
+    assert poses.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [-0.5, torch.nan, torch.inf])
+def test_wrong_confidences_are_told(wrong: float) -> None:
+    poses, phi = noisy().requires_grad_(), weights(2, 3, 17)
+    phi[1, 2, 4] = wrong
+    phi.requires_grad_()
+    lengths = [0.5] * len(LIMBS)
+    for got in (
+        multi_view_consistency(poses, phi),
+        limb_length_loss(poses, lengths, LIMBS, phi),
+    ):
+        assert got.isnan()
+        for gradient in torch.autograd.grad(got, (poses, phi), allow_unused=True):
+            assert gradient is None or (gradient == 0).all()
+    # Those of a view that takes no part say nothing, nor those of a joint that is not there.
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    assert multi_view_consistency(poses, phi, valid=valid).isfinite()
+    assert limb_length_loss(poses, lengths, LIMBS, phi, valid=valid).isfinite()
+    hidden = poses.detach().clone()
+    hidden[1, 2, 4] = torch.nan
+    assert multi_view_consistency(hidden, phi).isfinite()
+
+
+def test_precision_under_autocast() -> None:
+    poses = noisy().float()
+    expected = multi_view_consistency(poses)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(multi_view_consistency(poses), expected)
+    assert multi_view_consistency(poses.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "error", "words"),
+    [
+        ((17, 3), {}, ValueError, r"poses must be \[\.\.\., C, J, 3\], got \(17, 3\)"),
+        ((3, 17, 2), {}, ValueError, r"poses must be \[\.\.\., C, J, 3\]"),
+        ((3, 17, 3), {"confidences": torch.ones(17)}, ValueError, r"\[\.\.\., C, J\] to fit"),
+        ((3, 17, 3), {"valid": torch.ones(17)}, ValueError, r"valid must be \[\.\.\., C\]"),
+        ((3, 17, 3), {"valid": [True]}, TypeError, "valid must be a tensor"),
+        ((3, 17, 3), {"norm": "huber"}, ValueError, "norm must be one of 'l1', 'l2'"),
+        ((3, 17, 3), {"min_joints": 2}, ValueError, "min_joints must be at least 3"),
+        ((3, 17, 3), {"floor": -1.0}, ValueError, "floor must be"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    shape: tuple[int, ...], settings: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        multi_view_consistency(torch.zeros(shape), **settings)
+
+
+# ---- Limbs ----
+
+
+@given(seeds)
+def test_limb_lengths_by_loops(seed: int) -> None:
+    poses, phi = noisy(seed), weights(2, 3, 17, seed=seed)
+    poses[0, 1, at("l_knee")] = torch.nan
+    mean = weak_scenes.uniform(torch.Generator().manual_seed(seed), 0.2, 1.0, len(LIMBS))
+    total = weight = 0.0
+    for b in range(2):
+        for v in range(3):
+            for (i, j), mu in zip(LIMBS, mean.tolist(), strict=True):
+                length = (poses[b, v, i] - poses[b, v, j]).norm().item()
+                if not np.isnan(length):
+                    w = (phi[b, v, i] * phi[b, v, j]).item()
+                    total, weight = total + w * (length - mu) ** 2, weight + w
+    got = limb_length_loss(poses, mean, LIMBS, phi)
+    assert got.item() == pytest.approx(total / weight)
+    assert limb_length_loss(poses, mean.tolist(), LIMBS, phi) == got
+    valid = torch.tensor([[True, False, True], [True, True, True]])
+    got = limb_length_loss(poses, mean, LIMBS, phi, valid=valid)
+    torch.testing.assert_close(got, limb_length_loss(poses[valid], mean, LIMBS, phi[valid]))
+
+
+def test_limb_lengths_are_kept_by_motions_and_learned_from_poses() -> None:
+    poses = weak_scenes.views(3).pose
+    mean = mean_limb_lengths(poses, LIMBS, pair=PAIR)
+    assert limb_length_loss(poses, mean, LIMBS) < 1e-20
+    assert limb_length_loss(1.1 * poses, mean, LIMBS) > 1e-3
+    # In millimetres, and of bodies of other sizes, the lengths relative to the pair are the same.
+    bodies = weak_scenes.people(torch.Generator().manual_seed(0), 4)
+    sizes = torch.tensor([0.8, 1.0, 1.1, 1.3], dtype=torch.float64)[:, None, None]
+    torch.testing.assert_close(mean_limb_lengths(sizes * bodies, LIMBS, pair=PAIR), mean)
+    absolute = mean_limb_lengths(sizes * bodies, LIMBS)
+    torch.testing.assert_close(absolute, 492 * sizes.mean() * mean)
+
+
+def test_mean_lengths_leave_out_what_is_missing() -> None:
+    bodies = weak_scenes.people(torch.Generator().manual_seed(0), 4)
+    expected = mean_limb_lengths(bodies[1:], LIMBS, pair=PAIR)
+    bodies[0, PAIR[0]] = torch.nan
+    torch.testing.assert_close(mean_limb_lengths(bodies, LIMBS, pair=PAIR), expected)
+    bodies[0] = 0
+    torch.testing.assert_close(mean_limb_lengths(bodies, LIMBS, pair=PAIR), expected)
+    valid = torch.tensor([False, True, True, True])
+    torch.testing.assert_close(mean_limb_lengths(bodies, LIMBS, valid=valid), 492 * expected)
+    bodies[:, at("nose")] = torch.nan
+    missing = mean_limb_lengths(bodies, LIMBS, pair=PAIR).isnan()
+    assert missing.tolist() == [at("nose") in limb for limb in LIMBS]
+    one = mean_limb_lengths(bodies[1], LIMBS, pair=PAIR)
+    assert one.shape == (len(LIMBS),)
+
+
+def test_published_lengths() -> None:
+    pairs, lengths = published_limb_lengths()
+    assert len(pairs) == len(lengths) == 16
+    assert PAIR[::-1] not in pairs
+    table = dict(zip(pairs, lengths, strict=True))
+    assert table[at("r_hip"), at("r_knee")] == 0.9889
+    absolute = dict(zip(*published_limb_lengths(millimetres=True), strict=True))
+    assert absolute[PAIR[::-1]] == 492.69
+    for limb, length in table.items():
+        assert absolute[limb] / 492.69 == pytest.approx(length, abs=1.5e-3)
+    # Bodies are about like that; where shoulders are is a matter of definition.
+    own = mean_limb_lengths(weak_scenes.views(0).pose, pairs, pair=PAIR)
+    assert (own - torch.tensor(lengths)).abs().max() < 0.2
+    some, _ = published_limb_lengths(["l_knee", "l_ankle", "tail"])
+    assert some == ((0, 1),)
+    with pytest.raises(ValueError, match="joint_names must have limbs of pelvis"):
+        published_limb_lengths(["corner"])
+
+
+def test_limb_derivatives() -> None:
+    poses, phi = noisy(batch=1).requires_grad_(), weights(1, 3, 17).requires_grad_()
+    mean = torch.full((len(LIMBS),), 0.5, dtype=torch.float64, requires_grad=True)
+
+    def call(p: Tensor, w: Tensor, m: Tensor) -> Tensor:
+        return limb_length_loss(p, m, LIMBS, w)
+
+    assert gradcheck(call, (poses, phi, mean))
+
+
+def test_limbs_of_no_length_have_a_gradient() -> None:
+    poses = torch.ones(2, 17, 3, requires_grad=True)
+    limb_length_loss(poses, [0.5] * len(LIMBS), LIMBS).backward()
+    assert poses.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("why", ["masked", "nan", "empty"])
+def test_no_limb_to_measure(why: str) -> None:
+    poses = noisy()[: 0 if why == "empty" else 2]
+    if why == "nan":
+        poses[:] = torch.nan
+    poses.requires_grad_()
+    valid = torch.zeros(3) if why == "masked" else None
+    got = limb_length_loss(poses, [0.5] * len(LIMBS), LIMBS, valid=valid)
+    assert got == 0
+    got.backward()
+    assert torch.equal(poses.grad, torch.zeros_like(poses))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "pairs", "words"),
+    [
+        ([1.0], [(0, 1), (1, 2)], r"mean_lengths must be \[L\] with L = 2"),
+        ([-1.0], [(0, 1)], "mean_lengths must be finite numbers above 0, got -1.0"),
+        ([1.0], [(0, 17)], "limbs must be two different joint indices from 0 to 16"),
+        ([1.0], [(3, 3)], "limbs must be two different joint indices"),
+        ([], [], "limbs must be one or more pairs"),
+    ],
+)
+def test_limbs_that_do_not_fit(lengths: Any, pairs: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        limb_length_loss(torch.zeros(17, 3), lengths, pairs)
+
+
+# ---- Bending and the sign of depth ----
+
+MIRROR = torch.tensor([1.0, 1, -1], dtype=torch.float64)
+
+
+@given(seeds)
+def test_law_bending_is_of_the_body_and_turns_with_reflections(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    bodies = weak_scenes.people(generator, 5)
+    value = bending(bodies)
+    assert (value[:, :2] > 0).all()  # knees
+    moved = bodies @ weak_scenes.rotations(generator).mT * 3 + 100
+    torch.testing.assert_close(bending(moved), value)
+    torch.testing.assert_close(bending(bodies * MIRROR), -value)
+
+
+def test_bending_of_a_square_knee() -> None:
+    body = torch.zeros(17, 3)
+    body[at("neck")] = torch.tensor([0.0, 0, 1])
+    body[at("l_hip")], body[at("r_hip")] = torch.tensor([[0.0, 1, 0], [0.0, -1, 0]])
+    body[at("l_knee")] = torch.tensor([0.0, 1, -1])
+    body[at("l_ankle")] = torch.tensor([-1.0, 1, -1])
+    # The knee is half a diagonal before the line from hip to ankle, at 45 degrees to the front.
+    (value,) = bending(body, joints=("l_knee",))
+    assert value.item() == pytest.approx(0.5)
+    body[at("l_ankle"), 0] = 1.0
+    assert bending(body, joints=("l_knee",)).item() == pytest.approx(-0.5)
+    assert bending_prior(body, joints=("l_knee",)) == pytest.approx(0.5)
+    assert bending_prior(body, joints=("l_knee",), margin=0.3) == pytest.approx(0.8)
+
+
+def test_bending_that_is_not_known() -> None:
+    bodies = weak_scenes.people(torch.Generator().manual_seed(0), 3)
+    bodies[0, at("pelvis")] = torch.nan
+    bodies[1, at("l_ankle")] = torch.inf
+    bodies[2] = 1.0
+    bodies.requires_grad_()
+    value = bending(bodies)
+    assert value.isnan().tolist() == [[True] * 4, [True, False, False, False], [True] * 4]
+    value.nansum().backward()
+    assert bodies.grad.isfinite().all()
+    assert (bodies.grad[[0, 2]] == 0).all()
+
+
+def test_bending_derivatives() -> None:
+    bodies = (
+        weak_scenes.people(torch.Generator().manual_seed(0), 2) / 492 * MIRROR
+    ).requires_grad_()
+    phi = weights(2, 17).requires_grad_()
+
+    def call(p: Tensor, w: Tensor) -> Tensor:
+        return bending_prior(p, w, margin=0.2, joints=("l_knee", "r_elbow"))
+
+    assert gradcheck(call, (bodies, phi))
+    assert gradcheck(lambda p: bending(p), (bodies,))
+
+
+def test_bending_prior_leaves_out_and_weighs() -> None:
+    bodies = weak_scenes.people(torch.Generator().manual_seed(0), 4) * MIRROR
+    expected = bending(bodies)[..., :2].neg().mean()
+    torch.testing.assert_close(bending_prior(bodies), expected)
+    assert bending_prior(bodies * MIRROR) == 0
+    valid = torch.tensor([True, False, False, True])
+    torch.testing.assert_close(bending_prior(bodies, valid=valid), bending_prior(bodies[valid]))
+    phi = torch.ones(4, 17, dtype=torch.float64)
+    phi[~valid, at("l_ankle")] = phi[~valid, at("r_hip")] = 0
+    torch.testing.assert_close(bending_prior(bodies, phi), bending_prior(bodies[valid]))
+    phi[0, at("l_hip")] = phi[0, at("l_knee")] = -1  # whose product is 1
+    assert bending_prior(bodies, phi).isnan()
+    assert bending_prior(torch.full((2, 17, 3), torch.nan)) == 0
+    with pytest.raises(ValueError, match="joints must be of l_knee"):
+        bending_prior(bodies, joints=("chin",))
+    with pytest.raises(ValueError, match="joint_names must have neck"):
+        bending(torch.zeros(1, 3), joint_names=("corner",))
+
+
+def test_depth_sign() -> None:
+    scene = weak_scenes.views(1, batch=20)
+    truth, pose = scene.camera_mm, scene.pose
+    good, bad = depth_sign_check(pose, truth), depth_sign_check(pose * MIRROR, truth)
+    assert good.error < 1e-9
+    assert good.mirrored_error > 100
+    assert good.reversed == good.wrong_knees == 0
+    assert bad.mirrored_error < 1e-9
+    assert bad.error > 100
+    assert bad.reversed == bad.wrong_knees == 1
+    assert bad.wrong_elbows.item() == pytest.approx(1 - good.wrong_elbows.item())
+    assert good.wrong_elbows < 0.3
+    mixed = torch.where(torch.arange(20)[:, None, None, None] < 5, pose * MIRROR, pose)
+    assert depth_sign_check(mixed, truth).reversed == 0.25
+    # Without any truth, knees tell.
+    blind = depth_sign_check(mixed)
+    assert blind.error.isnan()
+    assert blind.reversed.isnan()
+    assert 0.2 < blind.wrong_knees < 0.3  # of those that are bent
+
+
+def test_depth_sign_of_missing_joints() -> None:
+    scene = weak_scenes.views(1, batch=3)
+    truth, pose = scene.camera_mm.clone(), scene.pose.clone()
+    truth[0, :, at("pelvis")] = torch.nan  # no root
+    truth[1, 0, 5], pose[1, 1, 7] = torch.nan, torch.nan
+    found = depth_sign_check(pose, truth)
+    assert found.error < 1e-9
+    assert found.mirrored_error.isfinite()
+    valid = torch.ones(3, 4, 17)
+    valid[:, :, 1:] = 0
+    assert all(each.isnan() for each in depth_sign_check(pose, truth, valid=valid))
+    other = depth_sign_check(pose[..., :4, :], truth[..., :4, :], joint_names=["a", "b", "c", "d"])
+    assert other.error.isfinite()
+    assert other.wrong_knees.isnan()
+    with pytest.raises(ValueError, match="target must have the shape"):
+        depth_sign_check(pose, truth[0])
+
+
+# ---- The total ----
+
+
+def gaussians(xy: Tensor) -> Tensor:
+    """Maps of a quarter of the images' size, sigma 2, of joints in image pixels."""
+    width, height = (n // 4 for n in weak_scenes.SIZE)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    x, y = ((xy - 1.5) / 4)[..., None, None, :].unbind(-1)
+    return torch.exp(-((columns - x) ** 2 + (rows - y) ** 2) / 8)
+
+
+def total(scene: weak_scenes.Views, xy: Tensor, relative_depth: Tensor) -> losses.WeakLoss:
+    """The loss of a network that says this."""
+    found = reconstruct_pose(xy, relative_depth, scene.K, pair=PAIR)
+    return weak_total(
+        WeakLossSettings(),
+        heatmaps=gaussians(xy),
+        target=(scene.xy - 1.5) / 4,
+        poses=found.pose,
+        valid=found.valid,
+        mean_lengths=mean_limb_lengths(scene.pose, LIMBS, pair=PAIR),
+        limbs=LIMBS,
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_collapsed_solutions_are_worse_than_the_truth(seed: int) -> None:
+    scene = weak_scenes.views(seed)
+    truth = total(scene, scene.xy, scene.relative_depth)
+    assert truth.total < 1e-9
+    flat = total(scene, scene.xy, torch.zeros_like(scene.relative_depth))
+    assert flat.heatmaps < 1e-9
+    assert flat.consistency > 0.15
+    assert flat.limb_lengths > 1e-3
+    # One and the same pose for every image agrees with itself, but not with the images.
+    K = scene.K.mean((0, 1)).expand_as(scene.K)
+    same = weak_scenes.Views(**{**vars(scene), "K": K})
+    one, depth = (x[:1, :1].expand_as(x).clone() for x in (scene.xy, scene.relative_depth))
+    constant = total(same, one, depth)
+    assert constant.consistency < 1e-9
+    assert constant.heatmaps > 5e-3
+    assert constant.total > truth.total + 5e-3
+    # Shrinking towards the pelvis: one length is known, so the pose moves away instead.
+    center = scene.xy[..., PAIR[1], None, :]
+    small = total(scene, center + 0.5 * (scene.xy - center), 0.5 * scene.relative_depth)
+    assert small.heatmaps > 2e-3
+    assert small.total > truth.total + 0.1
+    reversed_depth = total(scene, scene.xy, -scene.relative_depth)
+    assert reversed_depth.total > truth.total + 0.5  # cameras at 2 to 3 m
+
+
+def test_terms_add_up() -> None:
+    scene = weak_scenes.views(0)
+    poses, phi = noisy(0, count=4), weights(2, 4, 17)
+    valid = torch.tensor([True, True, True, False])
+    mean = [0.5] * len(LIMBS)
+    maps, target = torch.zeros(5, 17, 12, 16).double(), 8 * torch.rand(5, 17, 2).double()
+    known = torch.rand(5, 17) < 0.5
+    settings = WeakLossSettings(
+        heatmap=3.0, alpha=2.0, psi=4.0, bending=0.5, sigma=1.5, norm="l2", floor=0.2,
+        bending_margin=0.4,
+    )  # fmt: skip
+    found = weak_total(
+        settings, heatmaps=maps, target=target, target_valid=known, poses=poses, confidences=phi,
+        valid=valid, mean_lengths=mean, limbs=LIMBS,
+    )  # fmt: skip
+    expected = (
+        losses.heatmap_mse(maps, target, sigma=1.5, valid=known),
+        multi_view_consistency(poses, phi, valid=valid, norm="l2", floor=0.2),
+        limb_length_loss(poses, mean, LIMBS, phi, valid=valid),
+        bending_prior(poses, phi, valid=valid, margin=0.4),
+    )
+    for ours, theirs in zip(found[1:], expected, strict=True):
+        assert ours > 0
+        assert torch.equal(ours, theirs)
+    assert found.total.item() == pytest.approx(
+        sum(f * float(term) for f, term in zip((3, 2, 4, 0.5), expected, strict=True))
+    )
+    # Each kind of data alone; what has factor 0 is not computed.
+    labelled = weak_total(settings, heatmaps=maps, target=target, target_valid=known)
+    assert labelled[2:] == (0, 0, 0)
+    assert labelled.total == 3 * expected[0]
+    unlabelled = weak_total(WeakLossSettings(psi=0.0), poses=poses, valid=valid)
+    assert unlabelled.heatmaps == unlabelled.limb_lengths == 0
+    assert unlabelled.total == 10 * unlabelled.consistency
+    none = weak_total(WeakLossSettings(alpha=0.0, psi=0.0), poses=scene.pose)
+    assert none.total == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "heatmaps or poses must be given"),
+        ({"heatmaps": torch.zeros(1, 2, 2)}, "heatmaps and target must be given together"),
+        ({"poses": torch.zeros(2, 17, 3)}, "mean_lengths and limbs must be given"),
+        (
+            {"heatmaps": torch.zeros(1, 2, 2), "target": torch.zeros(1, 2), "valid": torch.ones(1)},
+            "confidences and valid must come with poses",
+        ),
+        (
+            {"poses": torch.zeros(2, 17, 3), "target_valid": torch.ones(1)},
+            "target_valid must come with target",
+        ),
+    ],
+)
+def test_what_a_total_needs(given: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        weak_total(WeakLossSettings(), **given)
+
+
+def test_factors_must_not_be_negative() -> None:
+    with pytest.raises(ValueError, match="alpha must be a finite number of at least 0, got -1"):
+        WeakLossSettings(alpha=-1)
+
+
+def test_total_on_samples_without_views_has_finite_gradients() -> None:
+    poses = noisy(count=4).requires_grad_()
+    valid = torch.tensor([[True, False, False, False], [False] * 4])
+    found = weak_total(
+        WeakLossSettings(bending=1.0), poses=poses, valid=valid,
+        mean_lengths=[0.5] * len(LIMBS), limbs=LIMBS,
+    )  # fmt: skip
+    assert found.consistency == 0
+    found.total.backward()
+    assert poses.grad.isfinite().all()
+    assert (poses.grad[1] == 0).all()
+    assert (poses.grad[0, 1:] == 0).all()
