@@ -20,7 +20,9 @@ Integers = npt.NDArray[np.int64]
 NEAR = 150.0
 """What is closer to a camera is not seen, mm."""
 
-_LENS_GRID = 8  # pixels; in between, rays of a distorted lens are interpolated
+# Cells along the longer side in which rays of a distorted lens are interpolated: with the strongest
+# lens the error is below a tenth of a pixel.
+_LENS_CELLS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +115,15 @@ def _normalised(cameras: Cameras, ideal: Array) -> Array:
 
 def _lens_rays(cameras: Cameras, width: int, height: int) -> tuple[Array, Array]:
     """[C, H, W] each: undistorted on a coarse grid, bilinear in between."""
-    columns = np.arange(0, width + _LENS_GRID, _LENS_GRID, dtype=np.float64)
-    rows = np.arange(0, height + _LENS_GRID, _LENS_GRID, dtype=np.float64)
+    step = -(-max(width, height) // _LENS_CELLS)
+    columns = np.arange(0, width + step, step, dtype=np.float64)
+    rows = np.arange(0, height + step, step, dtype=np.float64)
     grid = np.stack(np.meshgrid(columns, rows), -1).reshape(-1, 1, 2)
     grid = np.repeat(grid, len(cameras), 1)
     ideal = cameras.undistort(torch.from_numpy(grid)).movedim(0, 1).numpy()
     coarse = _normalised(cameras, ideal).reshape(len(cameras), len(rows), len(columns), 2)
     for axis, count in ((1, height), (2, width)):
-        cell, share = np.divmod(np.arange(count), _LENS_GRID)
-        share = (share / _LENS_GRID).reshape((-1, 1, 1) if axis == 1 else (-1, 1))
+        cell, share = np.divmod(np.arange(count), step)
+        share = (share / step).reshape((-1, 1, 1) if axis == 1 else (-1, 1))
         coarse = np.take(coarse, cell, axis) * (1 - share) + np.take(coarse, cell + 1, axis) * share
     return coarse[..., 0], coarse[..., 1]

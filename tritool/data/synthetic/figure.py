@@ -128,10 +128,15 @@ def draw_subject(rng: np.random.Generator) -> Subject:
     return _dressed(body, _draw_clothes(rng))
 
 
-def colour(rng: np.random.Generator, saturation: tuple[float, float] = (0.1, 0.85)) -> Array:
+def colour(
+    rng: np.random.Generator,
+    saturation: tuple[float, float] = (0.1, 0.85),
+    value: tuple[float, float] = (0.12, 0.95),
+) -> Array:
     """[3], a random red, green, blue, 0 to 1."""
-    value = rng.uniform(0.12, 0.95)
-    return np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), value))
+    return np.array(
+        colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
+    )
 
 
 def _draw_clothes(rng: np.random.Generator) -> _Clothes:
@@ -210,7 +215,7 @@ def _add_trunk(
     if clothes.shirt[0:3].mean() > 0.55:
         darker = replace_colours(clothes.shirt, np.array([0.15, 0.15, 0.2]))
     flesh.ball(
-        "chest", (0, 62 * thick, 0.62 * body.back), (66 * size, 48 * thick, 52 * size), darker,
+        "chest", (0, 82 * thick, 0.55 * body.back), (66 * size, 48 * thick, 52 * size), darker,
         trunk,
     )  # fmt: skip
 
@@ -271,14 +276,14 @@ def _add_arm(flesh: _Flesh, side: str, body: Dimensions, clothes: _Clothes, thic
     extra = 1.12 if clothes.long_sleeves else 1.0
     shoulder, elbow, wrist = (f"{side}_{joint}" for joint in ("shoulder", "elbow", "wrist"))
     upper, fore, hand = (f"{side}_{bone}" for bone in ("upper_arm", "forearm", "hand"))
-    flesh.ball(upper, (0, 0, -4), 60 * thick, clothes.shirt, shoulder)
+    flesh.ball(upper, (0, 0, -4), 56 * thick, clothes.shirt, shoulder)
     flesh.cone(
         upper, (-body.upper_arm, 0), (39 * thick * extra, 51 * thick * extra), arm,
         f"{shoulder} {elbow}",
     )  # fmt: skip
     if not clothes.long_sleeves:
         flesh.cone(
-            upper, (-0.55 * body.upper_arm, 0), (55 * thick, 60 * thick), clothes.shirt,
+            upper, (-0.55 * body.upper_arm, 0), (54 * thick, 57 * thick), clothes.shirt,
             f"{shoulder} {elbow}",
         )  # fmt: skip
     flesh.ball(upper, (0, 0, -body.upper_arm), 40 * thick * extra, arm, elbow)

@@ -153,14 +153,16 @@ def _paint_room(eyes: Eyes, scene: Scene, free: Flags, image: Floats) -> None:
         for which, own in inverses.items():
             part = np.flatnonzero(own == inverse)
             depth: Floats = 1 / inverse.take(part)
-            px, py, pz = _points(R, centre, x.take(part), y.take(part), depth)
-            u = py if axes[which] == 0 else px
-            v = py if axes[which] == 2 else pz
-            # Corners are darker than the middle of the room.
-            far = (px * px + py * py) * np.float32(0.3 / (room.half[:2] ** 2).sum())
-            shade = np.float32(bright[which]) * (np.float32(1.05) - far)
+            u, v = (
+                _coordinate(R, centre, k, x.take(part), y.take(part), depth)
+                for k in ((0, 1), (0, 2), (1, 2))[2 - axes[which]]
+            )
+            shade = np.full(len(part), bright[which], np.float32)
             if which == 5:
-                _cast_shadows(scene.shadows, px, py, shade)
+                # Corners are darker than the middle of the room.
+                reach = float((room.half[:2] ** 2).sum())
+                shade *= np.float32(1.05) - (u * u + v * v) * np.float32(0.3 / reach)
+                _cast_shadows(scene.shadows, u, v, shade)
             colours = _texture(room.textures[which, :, None].astype(np.float32), u, v, shade)
             for channel in range(3):
                 image[channel][pixel.take(part)] = colours[channel]
@@ -177,13 +179,15 @@ def _seen(forms: Floats, x: Floats, y: Floats) -> list[int]:
     return [int(which) for which in np.flatnonzero(~below)]
 
 
-def _points(R: Array, centre: Array, x: Floats, y: Floats, t: Floats) -> list[Floats]:
-    """World coordinates of points at depths t on rays of one view."""
-    turn, start = R.astype(np.float32), centre.astype(np.float32)
-    return [start[k] + t * (turn[0, k] * x + turn[1, k] * y + turn[2, k]) for k in range(3)]
+def _coordinate(R: Array, centre: Array, k: int, x: Floats, y: Floats, t: Floats) -> Floats:
+    """Coordinate k in the world of points at depths t on rays of one view."""
+    (a, b, c), start = R[:, k].astype(np.float32), np.float32(centre[k])
+    point: Floats = start + t * (a * x + b * y + c)
+    return point
 
 
 def _cast_shadows(shadows: Array, px: Floats, py: Floats, shade: Floats) -> None:
+    """Darkens the floor at px, py around people."""
     for x, y, radius in shadows.astype(np.float32):
         away = (px - x) ** 2 + (py - y) ** 2
         near = np.flatnonzero(away < 6 * radius * radius)

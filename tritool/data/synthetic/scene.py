@@ -88,35 +88,35 @@ def draw_room(rng: np.random.Generator, reach: float) -> Room:
     """Draws a room in which everything within `reach` mm of the origin has its place."""
     half = reach + rng.uniform(300, 3000, 3)
     half[2] = max(rng.uniform(2600, 4500), 3000.0)
-    grey = colour(rng, (0.0, 0.35))
+    paint_of_all = colour(rng, (0.0, 0.35), (0.3, 0.95))
 
     def wall() -> Array:
-        paint = np.clip(grey + rng.normal(0, 0.05, 3), 0.05, 1)
+        paint = np.clip(paint_of_all + rng.normal(0, 0.05, 3), 0.05, 1)
         if rng.random() < 0.5:
             other = np.clip(paint * rng.uniform(0.6, 1.2) + rng.normal(0, 0.06, 3), 0, 1)
             result = patterned(rng, paint, other, float(rng.uniform(250, 1500)))
         else:
             result = plain(paint)
-        result[13], result[14] = rng.uniform(0.02, 0.25), 10 ** rng.uniform(-2.6, -1.2)
+        result[13], result[14] = rng.uniform(0.01, 0.1), 10 ** rng.uniform(-2.3, -1.3)
         return result
 
-    floor = colour(rng, (0.0, 0.5))
+    floor = colour(rng, (0.0, 0.5), (0.25, 0.9))
     other = np.clip(floor * rng.uniform(0.65, 0.95), 0, 1)
     ground = patterned(rng, floor, other, float(rng.uniform(350, 1200)))
-    ground[13], ground[14] = rng.uniform(0.05, 0.3), 10 ** rng.uniform(-2.3, -1.2)
+    ground[13], ground[14] = rng.uniform(0.01, 0.12), 10 ** rng.uniform(-2.2, -1.2)
     textures = np.stack([wall() for _ in range(4)] + [plain(np.full(3, 0.85)), ground])
     angle, height = rng.uniform(-np.pi, np.pi), rng.uniform(0.5, 1.4)
     light = np.array(
         [np.cos(angle) * np.cos(height), np.sin(angle) * np.cos(height), np.sin(height)]
     )
-    ambient = rng.uniform(0.35, 0.6)
-    return Room(half, textures, light, ambient, rng.uniform(0.9, 1.15) - ambient)
+    ambient = rng.uniform(0.4, 0.65)
+    return Room(half, textures, light, ambient, rng.uniform(1.0, 1.25) - ambient)
 
 
 def _material(rng: np.random.Generator) -> Array:
     if rng.random() < 0.4:
         return patterned(rng, colour(rng), colour(rng), float(rng.uniform(60, 300)))
-    return plain(colour(rng, (0.0, 0.7)), float(rng.uniform(0.03, 0.2)), 0.04)
+    return plain(colour(rng, (0.0, 0.7)), float(rng.uniform(0.02, 0.1)), 0.04)
 
 
 def _legs(x: float, y: float, height: float, thick: float) -> tuple[list[Array], list[Array]]:
@@ -189,7 +189,7 @@ def _plant(rng: np.random.Generator) -> Thing:
     count = int(rng.integers(4, 8))
     green = np.stack(
         [
-            plain(np.array([0.15, 0.42, 0.14]) * rng.uniform(0.6, 1.4), 0.5, 0.06)
+            plain(np.array([0.15, 0.42, 0.14]) * rng.uniform(0.6, 1.4), 0.3, 0.06)
             for _ in range(count)
         ]
     )

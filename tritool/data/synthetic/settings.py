@@ -74,7 +74,7 @@ class StudioSettings:
     drop_views: float = 0.0
     noise: tuple[float, float] = (0.0, 8.0)
     blur: tuple[float, float] = (0.2, 0.7)
-    exposure: tuple[float, float] = (0.65, 1.25)
+    exposure: tuple[float, float] = (0.75, 1.35)
     colour_cast: float = 0.05
 
     def __post_init__(self) -> None:

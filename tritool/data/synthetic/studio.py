@@ -254,7 +254,7 @@ def _filmed(take: Take, settings: StudioSettings, index: int, rng: np.random.Gen
     eyes = Eyes.of(cameras.select(torch.from_numpy(views)), width, height)
     pixels = cameras.project(torch.from_numpy(take.joints)).movedim(0, 1).numpy()
     visibility = np.zeros(pixels.shape[:2], bool)
-    visibility[views] = _visible(take, eyes, pixels[views], boxes[views], settings)
+    visibility[views] = visible(take, eyes, pixels[views], boxes[views], settings)
     colours = render(eyes, take.scene)
     images = np.zeros((len(views), 3, height, width), np.uint8)
     images[views] = _developed(rng, colours, eyes, boxes[views], settings)
@@ -284,9 +284,7 @@ def _present(rng: np.random.Generator, settings: StudioSettings) -> Flags:
     return present
 
 
-def _visible(
-    take: Take, eyes: Eyes, pixels: Array, boxes: Array, settings: StudioSettings
-) -> Flags:
+def visible(take: Take, eyes: Eyes, pixels: Array, boxes: Array, settings: StudioSettings) -> Flags:
     """[C, J], the rule of `Studio`."""
     size = np.array([eyes.width, eyes.height])
     inside = ((pixels >= -0.5) & (pixels < size - 0.5)).all(-1)
