@@ -84,10 +84,10 @@ class Thing:
     round: Solids | None = None
 
 
-def draw_room(rng: np.random.Generator, reach: float) -> Room:
-    """Draws a room in which everything within `reach` mm of the origin has its place."""
-    half = reach + rng.uniform(300, 3000, 3)
-    half[2] = max(rng.uniform(2600, 4500), 3000.0)
+def draw_room(rng: np.random.Generator, cameras: Array) -> Room:
+    """Draws a room around cameras at [C, 3], mm, and around everything near the origin."""
+    reach = np.maximum(np.abs(cameras).max(0), [3500.0, 3500.0, 2400.0])
+    half = reach + rng.uniform(300, 3000, 3) * [1, 1, 0.6]
     paint_of_all = colour(rng, (0.0, 0.35), (0.3, 0.95))
 
     def wall() -> Array:

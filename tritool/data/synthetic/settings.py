@@ -70,7 +70,7 @@ class StudioSettings:
     actions: tuple[str, ...] = ACTIONS
     obstacles: tuple[int, int] = (0, 2)
     distractors: tuple[int, int] = (0, 1)
-    clutter: tuple[int, int] = (3, 8)
+    clutter: tuple[int, int] = (2, 6)
     drop_views: float = 0.0
     noise: tuple[float, float] = (0.0, 8.0)
     blur: tuple[float, float] = (0.2, 0.7)
@@ -99,6 +99,12 @@ class StudioSettings:
         _pair(self, "exposure", 0, 10, above=True)
         _number(self, "distortion", 0, 0.3)
         _number(self, "area", 0, 1000)
+        # A ring around the middle of the room must hold the subject wherever it stands.
+        if self.fixed_rig and self.ring_radius[0] < 1500 + 2**0.5 * self.area:
+            raise ValueError(
+                f"ring_radius of a fixed rig must be at least 1500 + 1.42 area = "
+                f"{1500 + 2**0.5 * self.area:.0f}, got {self.ring_radius!r}"
+            )
         _number(self, "crop_jitter", 0, 1)
         _number(self, "drop_views", 0, 1)
         _number(self, "colour_cast", 0, 0.5)

@@ -33,9 +33,9 @@ Array = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 TEXTURE = 15
-"""Columns of a texture: two colours (3 + 3); two waves, each by how many radians it advances per
-millimetre of u and v and where it starts (3 + 3); how sharply the colours are divided, 0 for the
-mean of both; strength and scale (1/mm) of the grain."""
+"""Columns of a texture: two colours (3 + 3); two triangle waves, each by how many periods it
+advances per millimetre of u and of v and where it starts (3 + 3); how sharply the colours are
+divided, 0 for the mean of both; strength and scale (1/mm) of the grain."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +219,7 @@ def patterned(rng: np.random.Generator, first: Array, second: Array, period: flo
     """
     result = plain(first)
     result[3:6] = second
-    rate = 2 * np.pi / (period * rng.uniform(0.7, 1.4))
+    rate = 1 / (period * rng.uniform(0.7, 1.4))
     kind = int(rng.integers(4))
     waves = {
         0: ((rate, 0.0), (0.0, 0.0)),
@@ -228,7 +228,7 @@ def patterned(rng: np.random.Generator, first: Array, second: Array, period: flo
         3: ((0.6 * rate, 0.8 * rate), (-0.7 * rate, 0.45 * rate)),
     }[kind]
     result[6:8], result[9:11] = waves
-    # The second wave is a sine too: at a quarter of a turn, without advancing, it is 1.
-    result[8], result[11] = rng.uniform(0, 2 * np.pi), np.pi / 2
+    # Half of a period from its start, without advancing, the second wave is 1.
+    result[8], result[11] = rng.random(), 0.5
     result[12] = rng.choice([1.0, 4.0, 8.0])
     return result

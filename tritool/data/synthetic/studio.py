@@ -158,7 +158,7 @@ def draw_take(settings: StudioSettings, seed: int, rng: np.random.Generator) -> 
     others = _draw_others(rng, settings, seed, which, pose.joints[0], rig.centres)
     people = np.stack([pose.joints[0], *(other.joints[0] for other, _ in others)])
 
-    room = draw_room(rng, float(np.abs(rig.centres).max()))
+    room = draw_room(rng, rig.centres)
     solids = [flesh, *(solid.of_nobody() for _, solid in others)]
     faces = [_no_faces()] if furniture is None else [furniture]
     things = [
@@ -312,21 +312,26 @@ def _developed(
 ) -> np.typing.NDArray[np.uint8]:
     """[C, 3, H, W]: blur, exposure, noise, and black beyond the full image."""
     views, height, width = len(boxes), eyes.height, eyes.width
-    image = np.ascontiguousarray(colours.reshape(3, views, height, width).swapaxes(0, 1))
-    side = _blur_weight(rng.uniform(*settings.blur, views)).astype(np.float32)
-    for axis in (2, 3):
-        image = _blurred(image, side[:, None, None, None], axis)
+    result = np.empty((views, 3, height, width), np.uint8)
+    # The outer weights of [w, 1 - 2 w, w] with the wanted standard deviation.
+    outer = (rng.uniform(*settings.blur, views) ** 2 / 2).astype(np.float32)
     gain = rng.uniform(*settings.exposure, (views, 1)) * (
         1 + settings.colour_cast * rng.standard_normal((views, 3))
     )
-    image *= (255 * np.clip(gain, 0, None)).astype(np.float32)[..., None, None]
+    gain = (255 * np.clip(gain, 0, None)).astype(np.float32)
     strength = rng.uniform(*settings.noise, views).astype(np.float32)
-    grains = _NOISE.take(np.frombuffer(rng.bytes(image.size), np.uint8).reshape(image.shape))
-    grains *= strength[:, None, None, None]
-    image += grains
-    image += np.float32(0.5)
-    np.clip(image, 0, 255, out=image)
-    result = image.astype(np.uint8)
+    # One plane at a time stays in the cache.
+    for view in range(views):
+        grains = _NOISE * strength[view] + np.float32(0.5)  # and rounding
+        for channel in range(3):
+            plane = colours[channel].reshape(views, height, width)[view]
+            for axis in (0, 1):
+                plane = _blurred(plane, outer[view], axis)
+            plane *= gain[view, channel]
+            raw = np.frombuffer(rng.bytes(height * width), np.uint8).reshape(height, width)
+            plane += grains.take(raw)
+            np.clip(plane, 0, 255, out=plane)
+            result[view, channel] = plane
     for each, (x0, y0, x1, y1) in zip(result, boxes, strict=True):
         for axis, first, last, count, limit in (
             (2, x0, x1, width, settings.full_size[0]),
@@ -339,22 +344,12 @@ def _developed(
     return result
 
 
-def _blur_weight(sigma: Array) -> Array:
-    """The outer weights of [w, 1 - 2 w, w] whose standard deviation is sigma, at most 0.8."""
-    return np.asarray(sigma * sigma / 2)
-
-
-def _blurred(image: Floats, side: Floats, axis: int) -> Floats:
-    """Three taps along an axis; the border keeps what is outside of it equal to itself."""
-    result = image * (1 - 2 * side)
-    head = [slice(None)] * image.ndim
-    tail = list(head)
-    head[axis], tail[axis] = slice(1, None), slice(None, -1)
-    weighted = image * side
-    result[tuple(tail)] += weighted[tuple(head)]
-    result[tuple(head)] += weighted[tuple(tail)]
-    first, last = list(head), list(head)
-    first[axis], last[axis] = slice(0, 1), slice(-1, None)
-    result[tuple(first)] += weighted[tuple(first)]
-    result[tuple(last)] += weighted[tuple(last)]
+def _blurred(plane: Floats, outer: Floats, axis: int) -> Floats:
+    """Three taps along an axis of [H, W]; beyond the border is what is at the border."""
+    result, weighted = plane * (1 - 2 * outer), plane * outer
+    into, source = (result, weighted) if axis == 0 else (result.T, weighted.T)
+    into[:-1] += source[1:]
+    into[1:] += source[:-1]
+    into[0] += source[0]
+    into[-1] += source[-1]
     return result
