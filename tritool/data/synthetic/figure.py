@@ -191,11 +191,11 @@ def _add_trunk(
     wide = body.shoulder
     trunk = "pelvis spine neck"
     flesh.ball(
-        "pelvis", (0, -8 * size, -8 * size), (body.hip + 66 * thick, 112 * thick, 112 * size),
+        "pelvis", (0, -8 * size, -8 * size), (body.hip + 60 * thick, 112 * thick, 112 * size),
         clothes.trousers, "pelvis spine r_hip l_hip",
     )  # fmt: skip
     flesh.cone(
-        "abdomen", (-10 * size, body.loin + 20), (148 * thick, 140 * thick), clothes.shirt,
+        "abdomen", (-35 * size, body.loin + 20), (158 * thick, 140 * thick), clothes.shirt,
         trunk, 0.72,
     )  # fmt: skip
     # Where the trunk bends, a ball keeps it closed.

@@ -56,7 +56,7 @@ def contact_sheet(samples: Sequence[Sample], path: str | Path, *, joints: bool =
             0.02, 0.98, f"{sample.action}", transform=row[0].transAxes, va="top", color="white",
             fontsize=7, bbox={"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0},
         )  # fmt: skip
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=96)
 
 
 def _draw_joints(axis: object, sample: Sample, view: int) -> None:
