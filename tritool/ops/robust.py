@@ -25,9 +25,10 @@ _SCALE = 0.5
 # Least ratio of eigenvalues of the normal matrix at which the views determine a point: 1e-6 in
 # singular values, as for `triangulate` in float32, and what float64 can tell of a matrix squared.
 _DETERMINED = 1e-12
-# Damping after the first step that did not help, and what each further one multiplies it by.
-_DAMPING = 1e-2
-_MORE_DAMPING = 10.0
+# Multiples of the Gauss-Newton step that are tried in every round of `refine`, and the factors of
+# all steps after a round that did not help, or did.
+_MULTIPLES = (1.0, 2.0, 4.0)
+_SHORTER, _LONGER = 0.25, 4.0
 
 
 class RobustTriangulation(NamedTuple):
@@ -132,10 +133,10 @@ def refine(
     r"""Moves points to where their reprojection errors are least, from where they are.
 
     Minimises :math:`F(y) = \sum_c w_c^2 \, \rho(|\pi_c(y) - x_c|)` with :math:`\pi_c(y)` the pixel
-    at which view c sees y and :math:`x_c` the one at which it should, by Newton's method with
-    damping (Levenberg, Quarterly of Applied Mathematics 2, 1944). Where the Hessian is not positive
-    definite, that of the reweighted least squares (Gauss-Newton) takes its place. A step is taken
-    only if F falls, so F never rises. Weights enter squared, as in `triangulate`.
+    at which view c sees y and :math:`x_c` the one at which it should. Every round tries Newton's
+    step and that of the reweighted least squares (Gauss-Newton) at several lengths, and takes the
+    best if F falls; else the next steps are shorter. So F never rises. Weights enter squared, as in
+    `triangulate`.
 
     With r the error, :math:`\rho` is :math:`r^2/2` (`"squared"`); the same up to the scale s and
     :math:`s (r - s/2)` beyond (`"huber"`); or :math:`s^2/2 \log(1 + r^2/s^2)` (`"cauchy"`).
@@ -155,8 +156,9 @@ def refine(
         weights: `[..., C]`, at least 0. 0: the view is absent. None: every view counts alike.
         loss: `"huber"`, `"cauchy"` or `"squared"`.
         scale: s, pixels, above 0; without meaning for `"squared"`.
-        iterations: Steps that are tried, at least 1. From the linear solution five bring errors of
-            a pixel to rounding; a start that is far off takes more.
+        iterations: Rounds, at least 1. Two bring the linear solution to the minimum of `"squared"`,
+            to rounding; five that of `"huber"` where most errors are within the scale. A scale far
+            below the noise takes more, as does a start that is far off.
 
     Returns:
         `[..., 3]`, in the widest dtype of the arguments and at least float32. NaN, with zero
@@ -383,23 +385,23 @@ class _Refine(Function):
         start: Tensor, points: Tensor, projections: Tensor, weights: Tensor,
         loss: str, scale: float, iterations: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Damped Newton steps, each taken only if the cost falls."""
+        """Every round tries several steps and takes the one that lowers the cost most, if any."""
         at = start
         view = _look(at, points, projections, weights, loss, scale)
         movable = view.ahead
-        damping = torch.zeros_like(start[..., 0])
+        reach = torch.ones_like(start[..., :1])
         for _ in range(iterations):
-            hessian, normal = _curvature(view, projections)
-            matrix = torch.where(_definite(hessian)[..., None, None], hessian, normal)
-            ridge = damping[..., None] * normal.diagonal(dim1=-2, dim2=-1)
-            tried = at - solve3(matrix + torch.diag_embed(ridge), _slope(view))
+            steps = reach * _steps(view, projections)
+            tried = at + steps
             then = _look(tried, points, projections, weights, loss, scale)
             rise = _rise(view, then, tried - at, weights, loss, scale)
-            better = then.ahead & (rise < 0)  # NaN is not
-            at = torch.where(better[..., None], tried, at)
-            view = _View(*(_select(better, new, old) for new, old in zip(then, view, strict=True)))
-            harder = (damping * _MORE_DAMPING).clamp_min(_DAMPING)
-            damping = torch.where(better, damping / _MORE_DAMPING, harder)
+            rise = torch.where(then.ahead & (rise < 0), rise, 0)  # NaN is not below 0
+            least, best = rise.min(0, keepdim=True)
+            better = least[0] < 0
+            chosen = tried.gather(0, best[..., None].expand(1, *at.shape))[0]
+            at = torch.where(better[..., None], chosen, at)
+            view = _look(at, points, projections, weights, loss, scale)
+            reach = torch.where(better[..., None], (_LONGER * reach).clamp_max(1), _SHORTER * reach)
         refined = movable & _definite(_curvature(view, projections)[1])
         return torch.where(refined[..., None], at, start), refined
 
@@ -527,6 +529,20 @@ def _slope(view: _View) -> Tensor:
     """The gradient of the cost to the point, `[..., 3]`."""
     pull = view.slope[..., None] * view.error
     return (pull[..., None] * view.jacobian).sum((-3, -2))
+
+
+def _steps(view: _View, projections: Tensor) -> Tensor:
+    """Steps to try, `[S, ..., 3]`.
+
+    Newton's converges fastest but may lead astray. That of the reweighted least squares
+    (Gauss-Newton) leads down, but is short where many views are beyond the scale: it is also tried
+    at multiples of its length.
+    """
+    hessian, normal = _curvature(view, projections)
+    slope = _slope(view)
+    newton = torch.where(_definite(hessian)[..., None, None], hessian, normal)
+    newton_step, step = -solve3(newton, slope), -solve3(normal, slope)
+    return torch.stack([newton_step, *(multiple * step for multiple in _MULTIPLES)])
 
 
 def _curvature(view: _View, projections: Tensor) -> tuple[Tensor, Tensor]:
