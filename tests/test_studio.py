@@ -21,7 +21,7 @@ from tritool.data.synthetic.eyes import Eyes
 from tritool.data.synthetic.figure import draw_subject, lowest, posed
 from tritool.data.synthetic.poses import draw_pose
 from tritool.data.synthetic.render import render
-from tritool.data.synthetic.shapes import boxes, cones, ellipsoids, joined, plain
+from tritool.data.synthetic.shapes import Blocks, boxes, cones, ellipsoids, joined, plain
 from tritool.data.synthetic.studio import Take, draw_take, visible
 from tritool.data.synthetic.trace import (
     NOTHING,
@@ -366,8 +366,10 @@ def random_shapes(rng: np.random.Generator) -> tuple[Any, Any]:
         ]
     )  # fmt: skip
     faces = boxes(
-        rng.uniform(-500, 500, (4, 3)) + np.array([0, 0, 900]), rng.uniform(20, 300, (4, 3)),
-        rng.uniform(-3, 3, 4), texture[:4],
+        Blocks(
+            rng.uniform(-500, 500, (4, 3)) + np.array([0, 0, 900]), rng.uniform(20, 300, (4, 3)),
+            rng.uniform(-3, 3, 4), texture[:4],
+        )
     )  # fmt: skip
     return solids, faces
 
@@ -532,7 +534,7 @@ def test_nothing_but_its_own_flesh_around_it_a_joint_is_visible() -> None:
                 for n in range(len(solids))
                 if solids.own[n, joint]
             ]
-            faces = boxes(np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0), np.zeros((0, 15)))
+            faces = boxes(Blocks.none())
             alone = replace(take, scene=replace(take.scene, solids=joined(kept), faces=faces))
             seen, inside, _ = seen_joints(alone)
             assert (seen[:, joint] == inside[:, joint]).all()
@@ -553,7 +555,7 @@ def test_what_is_before_a_joint_hides_it_and_what_is_behind_does_not(kind: str) 
             solids = joined([solids, ball])
         else:
             yaw = np.arctan2(*(point - centre)[1::-1])
-            panel = boxes(spot, np.array([[8.0, 80.0, 80.0]]), np.array([yaw]), back)
+            panel = boxes(Blocks(spot, np.array([[8.0, 80.0, 80.0]]), np.array([yaw]), back))
             faces = joined([faces, panel])
         changed = replace(take, scene=replace(take.scene, solids=solids, faces=faces))
         after, _, _ = seen_joints(changed)

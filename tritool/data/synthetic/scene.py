@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tritool.data.synthetic.figure import colour
 from tritool.data.synthetic.shapes import (
-    TEXTURE,
     Array,
+    Blocks,
     Faces,
     Solids,
-    boxes,
     cones,
     ellipsoids,
     joined,
@@ -21,11 +20,11 @@ from tritool.data.synthetic.shapes import (
     plain,
 )
 
-__all__ = ["Room", "Scene", "draw_clutter", "draw_obstacle", "draw_room", "seat"]
+__all__ = ["Room", "Scene", "Thing", "draw_clutter", "draw_obstacle", "draw_room", "seat"]
 
-# How far what stands in the way keeps from cameras and people, mm.
+# How far what stands in the way keeps from cameras and from people's joints, mm.
 _CAMERA_CLEARANCE = 350.0
-_PERSON_CLEARANCE = 60.0
+_PERSON_CLEARANCE = 150.0
 _TRIES = 12
 
 
@@ -67,21 +66,32 @@ class Scene:
 
 @dataclass(frozen=True, eq=False)
 class Thing:
-    """Something that stands on the floor, around its own origin, before it is put in its place.
+    """Something that stands on the floor: around its own origin at first, then in its place.
 
     Attributes:
-        centre: [K, 3], of its boxes, mm.
-        half: [K, 3], half of their sides, mm.
-        texture: [K, TEXTURE].
+        blocks: Its boxes.
         radius: What it needs of the floor, mm.
         round: Its round parts, or None.
     """
 
-    centre: Array
-    half: Array
-    texture: Array
+    blocks: Blocks
     radius: float
     round: Solids | None = None
+
+    def at(self, spot: Array, yaw: float) -> Thing:
+        """The same turned about the vertical and moved to x, y [2], mm."""
+        cos, sin = np.cos(yaw), np.sin(yaw)
+        turned = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+        shift = np.append(spot, 0.0)
+        blocks = replace(
+            self.blocks, centre=self.blocks.centre @ turned + shift, yaw=self.blocks.yaw + yaw
+        )
+        if self.round is None:
+            return Thing(blocks, self.radius)
+        moved = replace(
+            self.round, origin=self.round.origin @ turned + shift, axes=self.round.axes @ turned
+        )
+        return Thing(blocks, self.radius, moved)
 
 
 def draw_room(rng: np.random.Generator, cameras: Array) -> Room:
@@ -159,11 +169,8 @@ def _panel(rng: np.random.Generator) -> Thing:
 def _of_boxes(rng: np.random.Generator, centres: list[Array], halves: list[Array]) -> Thing:
     centre, half = np.stack(centres), np.stack(halves)
     radius = float(np.linalg.norm(np.abs(centre[:, :2]) + half[:, :2], axis=-1).max())
-    return Thing(centre, half, np.repeat(_material(rng)[None], len(centre), 0), radius)
-
-
-def _no_boxes() -> tuple[Array, Array, Array]:
-    return np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, TEXTURE))
+    paint = np.repeat(_material(rng)[None], len(centre), 0)
+    return Thing(Blocks(centre, half, np.zeros(len(centre)), paint), radius)
 
 
 def _pole(rng: np.random.Generator) -> Thing:
@@ -177,7 +184,7 @@ def _pole(rng: np.random.Generator) -> Thing:
         np.array([[0, 0, height]]), np.eye(3)[None], np.array([[radius, radius, 0.5 * radius]]),
         paint,
     )  # fmt: skip
-    return Thing(*_no_boxes(), radius=radius, round=joined([shaft, cap]))
+    return Thing(Blocks.none(), radius=radius, round=joined([shaft, cap]))
 
 
 def _plant(rng: np.random.Generator) -> Thing:
@@ -199,32 +206,15 @@ def _plant(rng: np.random.Generator) -> Thing:
     )  # fmt: skip
     radii = rng.uniform(70, 230, (count, 3))
     leaves = ellipsoids(centre, np.tile(np.eye(3), (count, 1, 1)), radii, green)
-    return Thing(*_no_boxes(), radius=320.0, round=joined([pot, leaves]))
+    return Thing(Blocks.none(), radius=320.0, round=joined([pot, leaves]))
 
 
 _THINGS = (_table, _chair, _crate, _panel, _pole, _plant)
 
 
-def _placed(thing: Thing, x: float, y: float, yaw: float) -> tuple[Solids | None, Faces]:
-    cos, sin = np.cos(yaw), np.sin(yaw)
-    turned = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-    shift = np.array([x, y, 0.0])
-    faces = boxes(
-        thing.centre @ turned.T + shift, thing.half, np.full(len(thing.half), yaw), thing.texture
-    )
-    if thing.round is None:
-        return None, faces
-    solids = thing.round
-    moved = Solids(
-        solids.origin @ turned.T + shift, solids.axes @ turned.T, solids.quadric, solids.cut,
-        solids.low, solids.high, solids.texture, solids.own,
-    )  # fmt: skip
-    return moved, faces
-
-
 def draw_obstacle(
     rng: np.random.Generator, subject: Array, cameras: Array, people: Array
-) -> tuple[Solids | None, Faces] | None:
+) -> Thing | None:
     """Puts something between the subject and one of the cameras, close to the subject.
 
     Args:
@@ -234,7 +224,7 @@ def draw_obstacle(
         people: [P, J, 3], joints of all people, which nothing may pass through.
 
     Returns:
-        Round and flat parts; None where no free place was found.
+        The thing in its place; None where no free place was found.
     """
     centre = subject[:, :2].mean(0)
     for _ in range(_TRIES):
@@ -249,21 +239,21 @@ def draw_obstacle(
         spot = centre + ahead * towards + rng.normal(0, 220) * across
         yaw = float(np.arctan2(towards[1], towards[0]) + np.pi / 2 + rng.normal(0, 0.4))
         if _free(spot, thing.radius, cameras, people):
-            return _placed(thing, float(spot[0]), float(spot[1]), yaw)
+            return thing.at(spot, yaw)
     return None
 
 
 def _free(spot: Array, radius: float, cameras: Array, people: Array) -> bool:
-    to_cameras = np.linalg.norm(cameras[:, :2] - spot, axis=-1).min()
-    to_people = np.linalg.norm(people[..., :2] - spot, axis=-1).min()
+    from_cameras, from_people = cameras[:, :2] - spot, people[..., :2] - spot
     return bool(
-        to_cameras > radius + _CAMERA_CLEARANCE and to_people > radius + 90 + _PERSON_CLEARANCE
+        (from_cameras**2).sum(-1).min() > (radius + _CAMERA_CLEARANCE) ** 2
+        and (from_people**2).sum(-1).min() > (radius + _PERSON_CLEARANCE) ** 2
     )
 
 
 def draw_clutter(
     rng: np.random.Generator, room: Room, cameras: Array, people: Array
-) -> tuple[Solids | None, Faces] | None:
+) -> Thing | None:
     """Puts something at a wall of the room: furniture, or a picture on the wall.
 
     Arguments and result as of `draw_obstacle`.
@@ -279,16 +269,16 @@ def draw_clutter(
             centre = np.array([[*spot, rng.uniform(900, 2100)]])
             paint = patterned(rng, colour(rng), colour(rng), float(rng.uniform(120, 700)))
             yaw = np.array([np.pi / 2 if axis == 0 else 0.0])
-            return None, boxes(centre, half[None], yaw, paint[None])
+            return Thing(Blocks(centre, half[None], yaw, paint[None]), 0.0)
         thing = _THINGS[int(rng.integers(len(_THINGS)))](rng)
         spot[axis] = sign * (room.half[axis] - thing.radius - rng.uniform(0, 400))
         spot[1 - axis] = along * room.half[1 - axis]
         if _free(spot, thing.radius, cameras, people):
-            return _placed(thing, float(spot[0]), float(spot[1]), rng.uniform(-np.pi, np.pi))
+            return thing.at(spot, rng.uniform(-np.pi, np.pi))
     return None
 
 
-def seat(rng: np.random.Generator, pelvis: Array, forward: Array, height: float) -> Faces:
+def seat(rng: np.random.Generator, pelvis: Array, forward: Array, height: float) -> Thing:
     """What the subject sits on: a stool, or a chair with a back.
 
     Args:
@@ -310,6 +300,4 @@ def seat(rng: np.random.Generator, pelvis: Array, forward: Array, height: float)
         back = rng.uniform(180, 270)
         centres.append(np.array([0, -half - 60, height + back]))
         halves.append(np.array([half, 14.0, back]))
-    thing = _of_boxes(rng, centres, halves)
-    _, faces = _placed(thing, float(pelvis[0]), float(pelvis[1]), yaw)
-    return faces
+    return _of_boxes(rng, centres, halves).at(pelvis[:2], yaw)

@@ -18,6 +18,7 @@ from tritool.skeletons import HUMAN36M_JOINTS
 
 __all__ = [
     "TEXTURE",
+    "Blocks",
     "Faces",
     "Solids",
     "boxes",
@@ -98,7 +99,29 @@ def cross(a: Array, b: Array) -> Array:
     return np.array([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx]).T
 
 
-Shapes = TypeVar("Shapes", Solids, Faces)
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """K upright boxes.
+
+    Attributes:
+        centre: [K, 3], mm.
+        half: [K, 3], half of the sides, mm.
+        yaw: [K], turn about the vertical, radians.
+        texture: [K, TEXTURE].
+    """
+
+    centre: Array
+    half: Array
+    yaw: Array
+    texture: Array
+
+    @classmethod
+    def none(cls) -> Blocks:
+        """K = 0."""
+        return cls(np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0), np.zeros((0, TEXTURE)))
+
+
+Shapes = TypeVar("Shapes", Solids, Faces, Blocks)
 
 
 def joined(parts: Sequence[Shapes]) -> Shapes:
@@ -174,15 +197,9 @@ _CUBE = np.array(
 )  # fmt: skip
 
 
-def boxes(centre: Array, half: Array, yaw: Array, texture: Array) -> Faces:
-    """The faces of upright boxes.
-
-    Args:
-        centre: [K, 3], mm.
-        half: [K, 3], half of the sides, mm.
-        yaw: [K], turn about the vertical, radians.
-        texture: [K, TEXTURE].
-    """
+def boxes(blocks: Blocks) -> Faces:
+    """The faces of upright boxes, six for each."""
+    yaw, half = blocks.yaw, blocks.half
     cos, sin, zero = np.cos(yaw), np.sin(yaw), np.zeros_like(yaw)
     turns = np.stack(
         [np.stack([cos, -sin, zero], -1), np.stack([sin, cos, zero], -1)], 1
@@ -193,10 +210,10 @@ def boxes(centre: Array, half: Array, yaw: Array, texture: Array) -> Faces:
     lengths = np.einsum("kj,fnj->kfn", half, np.abs(_CUBE))
     vectors = (vectors * lengths[..., None]).reshape(-1, 3, 3)
     return Faces(
-        origin=np.repeat(centre, 6, 0) + vectors[:, 0],
+        origin=np.repeat(blocks.centre, 6, 0) + vectors[:, 0],
         u=vectors[:, 1],
         v=vectors[:, 2],
-        texture=np.repeat(texture, 6, 0),
+        texture=np.repeat(blocks.texture, 6, 0),
     )
 
 

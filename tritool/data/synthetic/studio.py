@@ -20,13 +20,14 @@ from tritool.data.synthetic.poses import draw_pose
 from tritool.data.synthetic.render import render
 from tritool.data.synthetic.scene import (
     Scene,
+    Thing,
     draw_clutter,
     draw_obstacle,
     draw_room,
     seat,
 )
 from tritool.data.synthetic.settings import StudioSettings
-from tritool.data.synthetic.shapes import TEXTURE, Array, Faces, Flags, Solids, joined
+from tritool.data.synthetic.shapes import Array, Blocks, Flags, Solids, boxes, joined
 from tritool.data.synthetic.trace import first_depths
 from tritool.skeletons import HUMAN36M_JOINTS
 
@@ -159,22 +160,24 @@ def draw_take(settings: StudioSettings, seed: int, rng: np.random.Generator) -> 
     people = np.stack([pose.joints[0], *(other.joints[0] for other, _ in others)])
 
     room = draw_room(rng, rig.centres)
+    things = (
+        [furniture]
+        + [
+            draw_obstacle(rng, pose.joints[0], rig.centres, people)
+            for _ in range(int(rng.integers(settings.obstacles[0], settings.obstacles[1] + 1)))
+        ]
+        + [
+            draw_clutter(rng, room, rig.centres, people)
+            for _ in range(int(rng.integers(settings.clutter[0], settings.clutter[1] + 1)))
+        ]
+    )
+    present = [thing for thing in things if thing is not None]
     solids = [flesh, *(solid.of_nobody() for _, solid in others)]
-    faces = [_no_faces()] if furniture is None else [furniture]
-    things = [
-        draw_obstacle(rng, pose.joints[0], rig.centres, people)
-        for _ in range(int(rng.integers(settings.obstacles[0], settings.obstacles[1] + 1)))
-    ] + [
-        draw_clutter(rng, room, rig.centres, people)
-        for _ in range(int(rng.integers(settings.clutter[0], settings.clutter[1] + 1)))
-    ]
-    for thing in things:
-        if thing is not None:
-            solids += [thing[0]] if thing[0] is not None else []
-            faces.append(thing[1])
+    solids += [thing.round for thing in present if thing.round is not None]
+    faces = boxes(joined([Blocks.none(), *(thing.blocks for thing in present)]))
     shadows = np.array([[*joints[:, :2].mean(0), 330.0] for joints in people])
     return Take(
-        scene=Scene(room, joined(solids), joined(faces), shadows),
+        scene=Scene(room, joined(solids), faces, shadows),
         rig=rig,
         joints=pose.joints[0],
         outline=_outline(flesh),
@@ -184,15 +187,11 @@ def draw_take(settings: StudioSettings, seed: int, rng: np.random.Generator) -> 
     )
 
 
-def _no_faces() -> Faces:
-    return Faces(np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, 3)), np.zeros((0, TEXTURE)))
-
-
 def _grounded(subject: Subject, pose: Pose) -> Pose:
     return put_on_floor(pose, np.array([lowest(posed(subject, pose))]))
 
 
-def _seat_of(rng: np.random.Generator, subject: Subject, pose: Pose, flesh: Solids) -> Faces | None:
+def _seat_of(rng: np.random.Generator, subject: Subject, pose: Pose, flesh: Solids) -> Thing | None:
     """What a sitting person sits on, unless that is the floor."""
     height = lowest(flesh, subject.bones == BONES.index("pelvis")) + 15
     if height < _LOWEST_SEAT:
