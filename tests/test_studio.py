@@ -241,6 +241,15 @@ def test_joints_in_images_are_those_in_space_projected(distortion: float) -> Non
 
 
 @pytest.mark.parametrize("distortion", [0.0, 0.2])
+def test_a_rig_projects_as_its_cameras_do(distortion: float) -> None:
+    rig = draw_take(small(distortion=distortion), 0, np.random.default_rng(2)).rig
+    points = np.random.default_rng(0).normal(0, 3000, (200, 3))  # some behind the cameras
+    want = rig.cameras.project(torch.from_numpy(points)).movedim(0, 1).numpy()
+    np.testing.assert_allclose(rig.project(points), want, rtol=1e-9, atol=1e-6)
+    assert np.isnan(want).any()
+
+
+@pytest.mark.parametrize("distortion", [0.0, 0.2])
 def test_crops_come_from_their_boxes(distortion: float) -> None:
     settings = small(distortion=distortion, full_size=(640, 360))
     take = draw_take(settings, 1, np.random.default_rng([1, 1, 0]))

@@ -29,6 +29,12 @@ class Rig:
 
     def project(self, points: Array) -> Array:
         """[C, N, 2], pixels of the full images of [N, 3], mm; NaN as of `Cameras.project`."""
+        if self.cameras.distortion is None:  # the same, quicker for few points
+            at = (points - self.centres[:, None]) @ self.R.swapaxes(-1, -2)
+            at = at[..., :2] / np.where(at[..., 2:] > 0, at[..., 2:], np.nan)
+            K = self.cameras.K.numpy()
+            pixels: Array = at * K[:, None, [0, 1], [0, 1]] + K[:, None, :2, 2]
+            return pixels
         return self.cameras.project(torch.from_numpy(points)).numpy().swapaxes(0, 1)
 
 

@@ -202,7 +202,9 @@ def _texture(s: Floats, u: Floats, v: Floats, bright: Floats) -> Floats:
     cell_u, cell_v = ((s[14] * c).astype(np.int32) & 63 for c in (u, v))
     shade = bright * (1 + s[13] * _GRAIN.take(cell_u * 64 + cell_v))
     if s[12].any():
-        wave = _wave(s[6] * u + s[7] * v + s[8]) * _wave(s[9] * u + s[10] * v + s[11])
+        wave = _wave(s[6] * u + s[7] * v + s[8])
+        if s[9:11].any():  # stripes have one wave only
+            wave *= _wave(s[9] * u + s[10] * v + s[11])
         share = np.clip(np.float32(0.5) + s[12] * wave, 0, 1)
     else:
         share = np.full(1, 0.5, np.float32)

@@ -12,7 +12,7 @@ stand in one flat list, and the nearest block of every pixel is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -109,8 +109,12 @@ class _Rows:
         """Those of which something is left between two columns, ends exclusive."""
         first = np.maximum(first, self.first)
         width = np.minimum(last, self.first + self.width) - first
-        kept = np.flatnonzero(width > 0)
-        return _Rows(self.block[kept], self.view[kept], self.y[kept], first[kept], width[kept])
+        return _Rows(self.block, self.view, self.y, first, width).only(width > 0)
+
+    def only(self, which: Flags) -> _Rows:
+        """Those chosen."""
+        kept = np.flatnonzero(which)
+        return _Rows(*(getattr(self, field.name).take(kept) for field in fields(self)))
 
     def pixels(self, eyes: Eyes, table: Floats) -> Iterator[tuple[Integers, Integers, Floats]]:
         """Pixels of the flat image, their blocks and the blocks' columns of a table, in portions.
@@ -160,17 +164,22 @@ def keep_solids(eyes: Eyes, solids: Solids, quadrics: Quadrics, keys: Integers) 
          *quadrics.axes.reshape(-1, 3, 3)[:, 2].T, quadrics.start.reshape(-1, 3)[:, 2],
          *np.tile(solids.cut, (len(eyes.centres), 1)).T]
     ).astype(np.float32)  # fmt: skip
-    for pixel, block, s in rows.pixels(eyes, table):
-        x, y = eyes.x.take(pixel), eyes.y.take(pixel)
-        discriminant = (s[0] * x + s[1] * y + s[2]) * x + (s[3] * y + s[4]) * y + s[5]
-        b = s[6] * x + s[7] * y + s[8]
-        # Comparisons with NaN, of pixels that the lens does not reach, are False.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            t = s[9] / (np.sqrt(np.maximum(discriminant, 0)) - b)
-            z = s[13] + t * (s[10] * x + s[11] * y + s[12])
-        met = (discriminant >= 0) & (t > NEAR) & (z >= s[14]) & (z <= s[15])
-        met = np.flatnonzero(met)
-        _keep_nearest(keys, pixel.take(met), t.take(met), block.take(met))
+    # Ellipsoids, the most, need no look at where they are cut.
+    cut = np.isfinite(solids.cut).any(-1).take(rows.block % len(solids))
+    for chosen, columns in ((~cut, 10), (cut, len(table))):
+        for pixel, block, s in rows.only(chosen).pixels(eyes, table[:columns]):
+            x, y = eyes.x.take(pixel), eyes.y.take(pixel)
+            discriminant = (s[0] * x + s[1] * y + s[2]) * x + (s[3] * y + s[4]) * y + s[5]
+            b = s[6] * x + s[7] * y + s[8]
+            # Comparisons with NaN, of pixels that the lens does not reach, are False.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                t = s[9] / (np.sqrt(np.maximum(discriminant, 0)) - b)
+                met = (discriminant >= 0) & (t > NEAR)
+                if columns > 10:
+                    z = s[13] + t * (s[10] * x + s[11] * y + s[12])
+                    met &= (z >= s[14]) & (z <= s[15])
+            met = np.flatnonzero(met)
+            _keep_nearest(keys, pixel.take(met), t.take(met), block.take(met))
 
 
 def _silhouette(eyes: Eyes, rows: _Rows, S: Array) -> _Rows:
