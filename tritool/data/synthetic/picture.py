@@ -25,17 +25,12 @@ def contact_sheet(samples: Sequence[Sample], path: str | Path, *, joints: bool =
         joints: Whether joints are drawn.
 
     Raises:
-        ImportError: matplotlib is not installed.
         ValueError: There is no sample.
     """
     if not samples:
         raise ValueError("samples must be at least one, got none")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "contact_sheet needs matplotlib; type: pip install 'tritool[train]'"
-        ) from error
+    from matplotlib.figure import Figure
+
     rows, columns = len(samples), max(len(sample.cameras) for sample in samples)
     height, width = samples[0].images.shape[-2:]
     inches = 2.0
