@@ -165,8 +165,8 @@ def refine(
         gradient, where `points_3d` is not finite, fewer than two views are present, or one that is
         present has a negative or non-finite weight, an infinite point or a non-finite projection.
         The point as it came, with its gradient passed on to `points_3d` alone, where it is not in
-        front of every view that is present, or where these do not determine a point (rays parallel
-        to 1e-6).
+        front of every view that is present, or where these do not determine a point at the end
+        (one view seen twice, cameras in one place). With parallel rays it goes far away.
 
     Raises:
         TypeError: An argument is not a floating-point tensor, or an option not of its type.
@@ -414,7 +414,7 @@ class _Refine(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        r"""The gradients by the implicit function theorem (docs/ops/robust_triangulate.md, 4)."""
+        """By the implicit function theorem: docs/ops/robust_triangulate.md, section 5."""
         points, projections, weights, found, refined = ctx.saved_tensors
         passed = torch.where(refined[..., None], 0, grad)
         grad = torch.where(refined[..., None], grad, 0)
