@@ -20,6 +20,7 @@ from test_robust_triangulate import cost_at, leaves, scene, scenes
 from torch import Tensor
 
 from tritool import ops, reference
+from tritool.ops import robust
 
 LOSSES = ("huber", "cauchy", "squared")
 
@@ -73,6 +74,21 @@ def test_refine_agrees_with_scipy(loss: str) -> None:
         np.testing.assert_allclose(have[n].numpy(), found.x, atol=2e-2)
         ours = cost_at(have[n], points[n], projections, None, loss, 4.0)
         assert ours <= found.cost * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_rise_of_a_step_is_the_difference_of_costs(loss: str) -> None:
+    """Within the scale, beyond it, and across it both ways."""
+    points, projections, weights, truth, _ = scene(rigs.ring(5), 200, wrong=1, noise=3.0)
+    generator = torch.Generator().manual_seed(0)
+    step = 40 * torch.randn(truth.shape, generator=generator, dtype=truth.dtype)
+    arguments = (points, projections, weights, loss, 5.0)
+    before, after = (robust._look(at, *arguments) for at in (truth, truth + step))
+    rise = robust._rise(before, after, step, weights, loss, 5.0)
+    want = cost_at(truth + step, *arguments) - cost_at(truth, *arguments)
+    torch.testing.assert_close(rise, want, rtol=1e-9, atol=1e-9)
+    inside = [view.error.norm(dim=-1) < 5 for view in (before, after)]
+    assert all((inside[0] == i).logical_and(inside[1] == j).any() for i in (0, 1) for j in (0, 1))
 
 
 @settings(max_examples=10)

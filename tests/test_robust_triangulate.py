@@ -94,6 +94,42 @@ def test_robust_agrees_with_the_reference(
     assert (cost_at(have.points, *arguments).nan_to_num() <= least * (1 + 1e-4) + 1e-12).all()
 
 
+def test_the_fit_to_the_inliers_may_have_others() -> None:
+    """One pair a point misses views that the fit to its inliers finds."""
+    points, projections, _, _, _ = scene(rigs.pan31(), 60, noise=2.0, seed=1)
+
+    def found(pairs: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return ops.robust_triangulate(
+            points, projections, threshold=6.0, pairs=pairs, generator=generator
+        ).inliers.sum(-1)
+
+    assert found(1).double().mean() > 28  # the pairs have 25 themselves
+    assert (found(465) >= found(1)).all()
+    # With all pairs that is rare: here it happens once.
+    points, projections, _, _, _ = scene(rigs.ring(9), 40, noise=3.0, seed=1)
+    have = ops.robust_triangulate(points, projections, threshold=5.0, refine=False)
+    want = reference.robust_triangulate(points, projections, threshold=5.0, refine=False)
+    assert have.inliers.tolist() == want.inliers.tolist()
+    np.testing.assert_allclose(have.points.numpy(), want.points, rtol=0, atol=1e-6)
+
+
+def test_among_equals_the_least_error_wins() -> None:
+    """Two of four views see one point and two another, the second more exactly."""
+    projections = torch.from_numpy(rigs.h36m4().projections)
+    truth = torch.tensor([[-400.0, 300, 900], [500, -300, 1500]], dtype=torch.float64)
+    points = ops.project(truth, projections)
+    mixed = torch.cat([points[0, :2], points[1, 2:]])
+    mixed[0, 1] += 3.0
+    found = ops.robust_triangulate(mixed, projections, threshold=4.0)
+    assert found.inliers.tolist() == [False, False, True, True]
+    torch.testing.assert_close(found.points, truth[1])
+    mixed[2, 1] += 6.0  # now the first
+    mixed[0, 1] -= 2.0
+    found = ops.robust_triangulate(mixed, projections, threshold=4.0)
+    assert found.inliers.tolist() == [True, True, False, False]
+
+
 def cost_at(
     at: Tensor, points: Tensor, projections: Tensor, weights: Tensor | None, loss: str, scale: float
 ) -> Tensor:
