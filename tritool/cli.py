@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from tritool.reconstruction import Spread, Summary
 
 DONE, BAD_INPUT, WRONG_USE = 0, 1, 2
-# As a shell reports a program that died of SIGINT or SIGPIPE.
-INTERRUPTED, BROKEN_PIPE = 130, 141
+# As a shell reports a program that died of SIGINT, SIGPIPE or SIGTERM.
+INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 
 OUTPUT_SUFFIXES = (".npz", ".csv")
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -38,6 +38,10 @@ class WrongUse(Exception):
 
 class BadInput(Exception):
     """What the command line names cannot be used."""
+
+
+class Terminated(Exception):
+    """The command was told to end, and did so in order."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; default those of the process.
 
     Returns:
-        The exit status: 0 done, 1 bad input, 2 wrong use; 130 interrupted, 141 nobody reads.
+        The exit status: 0 done, 1 bad input, 2 wrong use; 130 interrupted, 141 nobody reads, 143
+        told to end.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -94,6 +99,9 @@ def _run(arguments: list[str]) -> int:
         return DONE
     except BrokenPipeError:
         raise
+    except Terminated as ending:
+        print(f"tritool: {ending}", file=sys.stderr)
+        return TERMINATED
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -139,10 +147,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, command: Command, summary: str, example: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Command, summary: str, example: str, *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
-            parents=[common, json_option],
+            parents=[*parents, common, json_option],
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example:\n{example}",
@@ -219,8 +229,74 @@ def build_parser() -> argparse.ArgumentParser:
         "--unweighted", action="store_true", help="weight all views alike, not by confidence"
     )
 
+    _add_training(add)
     add("info", _info, "say what is installed and how each operation runs here", "  tritool info")
     return parser
+
+
+def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The commands about networks."""
+    config = _Parser(add_help=False)
+    config.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a YAML file, or the name of a preset such as small-algebraic",
+    )
+    config.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="replace a setting, as in --set training.batch_size=4; may be given again",
+    )
+    config.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:1 (default: a GPU if there is one)",
+    )
+
+    train = add(
+        "train",
+        _train,
+        "train a network, or go on where its training stopped",
+        "  tritool train small-algebraic -o runs/algebraic\n"
+        "  torchrun --nproc-per-node 4 -m tritool train official-volumetric -o runs/volumetric\n\n"
+        "A run that was killed goes on from its last checkpoint when started again.",
+        config,
+    )
+    train.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="folder for checkpoints, learning curves and TensorBoard's files",
+    )
+    train.add_argument(
+        "--steps", metavar="N", type=_positive, help="replace the length of training"
+    )
+
+    evaluate = add(
+        "evaluate",
+        _evaluate,
+        "measure a trained network on the validation part of its data",
+        "  tritool evaluate small-algebraic --checkpoint runs/algebraic/best.safetensors \\\n"
+        "      --views 2,3 -o evaluation",
+        config,
+    )
+    evaluate.add_argument(
+        "--checkpoint", metavar="FILE", type=Path, required=True, help="the trained weights"
+    )
+    evaluate.add_argument(
+        "--views",
+        metavar="N,N,...",
+        type=_numbers,
+        help="also measure with so many views of each sample",
+    )
+    evaluate.add_argument("--samples", metavar="N", type=_positive, help="only the first N samples")
+    evaluate.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="folder for pictures and a JSON"
+    )
 
 
 def _path_with(suffixes: tuple[str, ...]) -> Callable[[str], Path]:
@@ -233,13 +309,25 @@ def _path_with(suffixes: tuple[str, ...]) -> Callable[[str], Path]:
 
 
 def _rounds(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _whole(text: str, least: int) -> int:
     try:
-        rounds = int(text)
+        number = int(text)
     except ValueError:
-        rounds = -1
-    if rounds < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= 0")
-    return rounds
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= {least}")
+    return number
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
 
 
 def _confidence(text: str) -> float:
@@ -341,6 +429,53 @@ def _demo(options: argparse.Namespace) -> tuple[Result, str]:
     with _progress(STEPS, "step", options) as advance:
         report = run_demo(folder, progress=advance)
     return report.to_json(), report.to_text()
+
+
+def _train(options: argparse.Namespace) -> tuple[Result, str]:
+    with _one_line():
+        from tritool.training import load_config, train
+
+        config = load_config(options.config, overrides=options.set, steps=options.steps)
+        result = train(
+            config,
+            options.output,
+            device=options.device,
+            progress=not options.json and sys.stderr.isatty(),
+        )
+    if result.stopped == "SIGTERM":
+        raise Terminated(
+            f"stopped after step {result.step} and saved; the same command goes on from there"
+        )
+    return result.to_json(), result.to_text()
+
+
+def _evaluate(options: argparse.Namespace) -> tuple[Result, str]:
+    with _one_line():
+        from tritool.training import evaluate, load_config
+
+        config = load_config(options.config, overrides=options.set)
+        total = config.data.validation.length
+        total = min(total, options.samples or total)
+        with _progress(total, "sample", options) as advance:
+            result = evaluate(
+                config,
+                options.checkpoint,
+                views=options.views,
+                output=options.output,
+                limit=options.samples,
+                device=options.device,
+                progress=advance,
+            )
+    return result.to_json(), result.table()
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """What is wrong with a file, an argument or the installation is said in its own words."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise BadInput(str(error)) from error
 
 
 def _info(options: argparse.Namespace) -> tuple[Result, str]:
