@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations, training and evaluation of the networks.
+
+What trains is imported when it is first asked for: reading a configuration is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tritool.training.config import Config, ConfigError, load_config, presets
+
+if TYPE_CHECKING:
+    from tritool.training.loop import TrainResult as TrainResult
+    from tritool.training.loop import train as train
+
+__all__ = ["Config", "ConfigError", "TrainResult", "load_config", "presets", "train"]
+
+_LAZY = {
+    "TrainResult": "loop",
+    "train": "loop",
+    "compare": "evaluation",
+    "evaluate": "evaluation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
