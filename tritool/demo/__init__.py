@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Demonstrations that need no data: the geometry on a generated walk, the networks in the studio."""
+
+from tritool.demo.geometry import (
+    STEPS,
+    Pipeline,
+    Report,
+    generate_recording,
+    run_demo,
+    run_pipeline,
+)
+
+__all__ = ["STEPS", "Pipeline", "Report", "generate_recording", "run_demo", "run_pipeline"]
