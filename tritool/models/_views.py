@@ -8,15 +8,24 @@ triangulation places it at i s.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tritool.models.pose_resnet import PoseResNet
 
 __all__ = [
     "at_least_float32",
     "check_backbone",
+    "check_extra",
     "checked_views",
+    "freeze",
     "heatmap_projections",
     "image_from_heatmap",
+    "one_of",
+    "positive",
     "without_absent",
 ]
 
@@ -70,10 +79,48 @@ def checked_views(images: Tensor, projections: Tensor, views: Tensor | None) -> 
     return views
 
 
-def check_backbone(num_joints: int, given: int) -> None:
-    """Raises if a backbone that was given is for another number of joints."""
-    if given != num_joints:
-        raise ValueError(f"backbone must have num_joints = {num_joints}, got {given}")
+def check_backbone(backbone: PoseResNet, num_joints: int) -> None:
+    """Raises if what was given as a backbone is none, or is for another number of joints."""
+    if not isinstance(backbone, PoseResNet):
+        raise TypeError(f"backbone must be a PoseResNet or None, got {type(backbone).__name__}")
+    if backbone.num_joints != num_joints:
+        raise ValueError(f"backbone must have num_joints = {num_joints}, got {backbone.num_joints}")
+
+
+def check_extra(name: str, value: Tensor | None, shape: tuple[int, ...], images: Tensor) -> None:
+    """Raises if what is given for each scene, beside the images, does not fit; None does."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} must be {list(shape)} with B = {shape[0]} as in images, "
+            f"got {tuple(value.shape)}"
+        )
+    _check_device(name, value, images)
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises unless an option is one of these."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def positive(name: str, value: float) -> float:
+    """A finite number above 0."""
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value}")
+    return number
+
+
+def freeze(part: nn.Module | None) -> None:
+    """No gradients for a part (or None) that no loss reaches: distributed training would wait."""
+    if part is not None:
+        part.requires_grad_(False)
 
 
 def without_absent(images: Tensor, views: Tensor | None) -> Tensor:
@@ -93,8 +140,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def image_from_heatmap(
     points: Tensor,
-    heatmap_size: tuple[int, int],
-    image_size: tuple[int, int],
+    heatmap_size: Sequence[int],
+    image_size: Sequence[int],
     *,
     official: bool = False,
 ) -> Tensor:
@@ -121,8 +168,8 @@ def image_from_heatmap(
 
 def heatmap_projections(
     projections: Tensor,
-    heatmap_size: tuple[int, int],
-    image_size: tuple[int, int],
+    heatmap_size: Sequence[int],
+    image_size: Sequence[int],
     *,
     official: bool = False,
 ) -> Tensor:
@@ -146,7 +193,7 @@ def heatmap_projections(
     return torch.stack([x, y, z], -2)
 
 
-def _scales(heatmap_size: tuple[int, int], image_size: tuple[int, int]) -> tuple[float, float]:
+def _scales(heatmap_size: Sequence[int], image_size: Sequence[int]) -> tuple[float, float]:
     """Image pixels a cell, down and across."""
     return image_size[0] / heatmap_size[0], image_size[1] / heatmap_size[1]
 
