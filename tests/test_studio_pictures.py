@@ -315,3 +315,26 @@ def test_undistorted_marks_what_leaves_the_crop() -> None:
     inside = ((flat.keypoints_2d >= -0.5) & (flat.keypoints_2d < torch.tensor(SIZE) - 0.5)).all(-1)
     assert not (flat.visibility & ~inside).any()
     assert torch.equal(flat.visibility, sample.visibility & inside)
+
+
+def test_marked_sides_tell_left_from_right_by_colour() -> None:
+    settings = replace(small(**CLEAN), obstacles=(0, 0), distractors=(0, 0))
+    marked = replace(settings, marked_sides=True)
+    studio, plainly = (Studio(s, length=12, seed=3) for s in (marked, settings))
+    blue: dict[str, list[float]] = {"l": [], "r": []}
+    for sample in studio:
+        for name, values in blue.items():
+            knee = JOINT[f"{name}_knee"]
+            for image, at, seen in zip(
+                sample.images, sample.keypoints_2d[:, knee], sample.visibility[:, knee], strict=True
+            ):
+                if seen:
+                    x, y = at.round().long().tolist()
+                    red, _, third = image[:, y, x].int().tolist()
+                    values.append(third - red)
+    assert len(blue["l"]) > 10
+    assert len(blue["r"]) > 10
+    assert np.mean(np.array(blue["l"]) > 0) > 0.9
+    assert np.mean(np.array(blue["r"]) < 0) > 0.9
+    # The same people do the same.
+    assert torch.equal(studio[0].keypoints_3d, plainly[0].keypoints_3d)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Demonstrations that need no data: the geometry on a generated walk, the networks in the studio."""
+"""Demonstrations that need no data: geometry on a generated walk, networks in the studio."""
 
 from tritool.demo.geometry import (
     STEPS,

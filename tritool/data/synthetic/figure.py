@@ -2,7 +2,8 @@
 """A subject: a body with flesh, hair and clothes, made of quadrics that hang on the bones.
 
 Clothes are the same on both sides, so that left and right are told by the front and the back:
-the face, the hair, the feet, the way the knees and elbows bend, a print on the chest.
+the face, the hair, the feet, the way the knees and elbows bend, a print on the chest. Only suits
+with marked sides, which are asked for, tell them by colour.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _HAIR = np.array(
     [[0.08, 0.06, 0.05], [0.22, 0.14, 0.08], [0.42, 0.27, 0.14], [0.74, 0.58, 0.33],
      [0.55, 0.54, 0.52], [0.45, 0.20, 0.10]]
 )  # fmt: skip
+
+# Of suits with marked sides.
+_SIDE_MARKS = {"l": np.array([0.15, 0.55, 1.0]), "r": np.array([1.0, 0.5, 0.1])}
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +126,15 @@ def _owned(joints: str) -> Flags:
     return np.array([[joint in names for joint in HUMAN36M_JOINTS]])
 
 
-def draw_subject(rng: np.random.Generator) -> Subject:
-    """Draws a body and clothes."""
+def draw_subject(rng: np.random.Generator, *, marked: bool = False) -> Subject:
+    """Draws a body and clothes.
+
+    Args:
+        rng: What it is drawn from; the same bodies with and without marks.
+        marked: Each arm and leg wears the colour of its side.
+    """
     body = draw_dimensions(rng)
-    return _dressed(body, _draw_clothes(rng))
+    return _dressed(body, _draw_clothes(rng), marked)
 
 
 def colour(
@@ -162,15 +171,23 @@ def _draw_clothes(rng: np.random.Generator) -> _Clothes:
     )
 
 
-def _dressed(body: Dimensions, clothes: _Clothes) -> Subject:
+def _marked(clothes: _Clothes, side: str) -> _Clothes:
+    """The clothes of one side: long sleeves and trousers in its colour, as bright as they were."""
+    bright = 0.75 + 0.25 * float(clothes.shirt[0:3].mean())
+    suit = replace_colours(clothes.shirt, _SIDE_MARKS[side] * bright)
+    return replace(clothes, shirt=suit, trousers=suit, long_sleeves=True, long_trousers=True)
+
+
+def _dressed(body: Dimensions, clothes: _Clothes, marked: bool) -> Subject:
     size = body.stature / 1750  # lengths below are those of a person of 1750 mm
     thick = size * body.girth
     flesh = _Flesh()
     _add_trunk(flesh, body, clothes, size, thick)
     _add_head(flesh, body, clothes, size)
     for side in "rl":
-        _add_arm(flesh, side, body, clothes, thick)
-        _add_leg(flesh, side, body, clothes, size, thick)
+        worn = _marked(clothes, side) if marked else clothes
+        _add_arm(flesh, side, body, worn, thick)
+        _add_leg(flesh, side, body, worn, size, thick)
     tolerance = dict.fromkeys(HUMAN36M_JOINTS, 60 * thick) | {
         "pelvis": 130 * thick, "spine": 120 * thick, "neck": 110 * thick,
         "nose": 30.0, "head_top": 40.0,

@@ -38,6 +38,8 @@ class StudioSettings:
         crop_margin: Free space on each side of the body in the crops, as a part of its extent.
         crop_jitter: Standard deviation of a crop's centre, as a part of its side.
         subjects: Number of different bodies in different clothes.
+        marked_sides: Everybody's left arm and leg are blue, the right ones orange: left and right
+            are easily told, which small networks learn in minutes instead of hours.
         actions: What they do, of `ACTIONS`.
         obstacles: Number of things between the subject and the cameras, close to it.
         distractors: Number of other people around.
@@ -67,6 +69,7 @@ class StudioSettings:
     crop_margin: tuple[float, float] = (0.06, 0.22)
     crop_jitter: float = 0.02
     subjects: int = 64
+    marked_sides: bool = False
     actions: tuple[str, ...] = ACTIONS
     obstacles: tuple[int, int] = (0, 2)
     distractors: tuple[int, int] = (0, 1)
@@ -108,8 +111,9 @@ class StudioSettings:
         _number(self, "crop_jitter", 0, 1)
         _number(self, "drop_views", 0, 1)
         _number(self, "colour_cast", 0, 0.5)
-        if not isinstance(self.fixed_rig, bool):
-            raise TypeError(f"fixed_rig must be True or False, got {self.fixed_rig!r}")
+        for name in ("fixed_rig", "marked_sides"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         self._check_actions()
 
     def _check_actions(self) -> None:

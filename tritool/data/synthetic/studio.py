@@ -126,14 +126,14 @@ class Take:
 
 
 @lru_cache(maxsize=512)
-def _subject(seed: int, which: int) -> Subject:
-    return draw_subject(np.random.default_rng([seed, _SUBJECT, which]))
+def _subject(seed: int, which: int, marked: bool) -> Subject:
+    return draw_subject(np.random.default_rng([seed, _SUBJECT, which]), marked=marked)
 
 
 def draw_take(settings: StudioSettings, seed: int, rng: np.random.Generator) -> Take:
     """Draws who does what where, what is around, and the cameras."""
     which = int(rng.integers(settings.subjects))
-    subject = _subject(seed, which)
+    subject = _subject(seed, which, settings.marked_sides)
     action = settings.actions[int(rng.integers(len(settings.actions)))]
     spot = np.array([*rng.uniform(-settings.area, settings.area, 2), 0.0])
     pose = _grounded(subject, draw_pose(rng, subject.body, action)).moved(spot)
@@ -212,7 +212,7 @@ def _draw_others(
     for _ in range(int(rng.integers(settings.distractors[0], settings.distractors[1] + 1))):
         # Somebody else, if there is anybody.
         step = int(rng.integers(1, max(settings.subjects, 2)))
-        other = _subject(seed, (which + step) % settings.subjects)
+        other = _subject(seed, (which + step) % settings.subjects, settings.marked_sides)
         action = settings.actions[int(rng.integers(len(settings.actions)))]
         pose = _grounded(other, draw_pose(rng, other.body, action))
         for _ in range(8):
