@@ -11,7 +11,7 @@ import typing
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union
 
-__all__ = ["ConfigError", "build", "nearest", "plain", "read_yaml"]
+__all__ = ["ConfigError", "build", "nearest", "plain", "read_yaml", "write_yaml"]
 
 T = TypeVar("T")
 
@@ -99,25 +99,21 @@ def read_yaml(text: str) -> object:
         ConfigError: It is no YAML; the message has the line.
         ImportError: PyYAML is not installed.
     """
-    try:
-        import yaml
-    except ImportError:
-        raise ImportError(
-            "configurations need PyYAML; type: pip install 'tritool[train]'"
-        ) from None
+    yaml = _yaml()
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc,name-defined]
         """Of two equal keys YAML keeps the last, silently; here that is an error."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
             seen = set()
             for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+                key = self.construct_object(key_node, deep=True)
                 if isinstance(key, Hashable) and key in seen:
                     line = key_node.start_mark.line + 1
                     raise ConfigError(f"line {line}: {key} is there twice")
                 seen.add(key)
-            return super().construct_mapping(node, deep)
+            made: dict[Hashable, Any] = super().construct_mapping(node, deep)
+            return made
 
     try:
         return yaml.load(text, Loader)
@@ -126,6 +122,25 @@ def read_yaml(text: str) -> object:
         place = f"line {mark.line + 1}: " if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise ConfigError(f"{place}it is no YAML: {problem}") from None
+
+
+def write_yaml(values: object) -> str:
+    """YAML of mappings, lists and plain values, which `read_yaml` reads as they were.
+
+    Raises:
+        ImportError: PyYAML is not installed.
+    """
+    return str(_yaml().safe_dump(values, sort_keys=False, default_flow_style=None))
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise ImportError(
+            "configurations need PyYAML; type: pip install 'tritool[train]'"
+        ) from None
+    return yaml
 
 
 # ---- Values ----
