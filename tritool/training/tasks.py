@@ -195,7 +195,7 @@ class Task:
         """Takes every tensor of a checkpoint of ours that fits this network by name and shape."""
         from tritool.training.state import read_model
 
-        tensors, _ = read_model(Path(path))
+        tensors, _ = read_model(_weights_file(path))
         own = self.model.state_dict()
         fitting = {
             name: tensor
@@ -444,11 +444,28 @@ class VolumetricTask(Task):
         return torch.where(own.to(joints.device), joints, joints - root)
 
 
+def _weights_file(source: str) -> Path:
+    """A checkpoint by its path, or, as "tritool:NAME", one that comes with the package.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    name = source.removeprefix("tritool:")
+    if name == source:
+        return Path(source)
+    folder = Path(__file__).parents[1] / "weights"
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none"
+        raise ValueError(f"{source}: no such weights come with the package; known are {known}")
+    return path
+
+
 def _algebraic_from(path: str, config: Config) -> AlgebraicTriangulation:
     """The network that finds the centres, from its own checkpoint and the settings therein."""
     from tritool.training.state import read_model
 
-    tensors, info = read_model(Path(path), kind="algebraic")
+    tensors, info = read_model(_weights_file(path), kind="algebraic")
     settings = Config.from_dict(info["config"])
     if settings.model.num_joints != config.model.num_joints:
         raise ValueError(
