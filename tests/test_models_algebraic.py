@@ -382,8 +382,8 @@ def test_overfits_one_batch() -> None:
     network = AlgebraicTriangulation(JOINTS, 18, width=8, deconv_channels=16)
     x = images(2, 4, torch.float32)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=250)
-    for _ in range(250):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=200)
+    for _ in range(200):
         optimizer.zero_grad()
         loss = (network(x, projections).keypoints_3d - truth).norm(dim=-1).mean()
         loss.backward()
