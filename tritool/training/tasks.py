@@ -281,6 +281,15 @@ def _heatmap_term(settings: Any, batch: Batch, heatmaps: Tensor, task: Task) -> 
     return settings.heatmap_weight * loss
 
 
+def _unless(loss: Tensor, broken: Tensor) -> Tensor:
+    """The loss, or NaN if the network gave no numbers anywhere.
+
+    The losses leave out joints that are NaN. A network that has broken down would have none left,
+    and a loss of 0.
+    """
+    return torch.where(broken.any(), torch.nan, loss)
+
+
 class RansacTask(Task):
     """The 2D backbone, trained on heat maps; joints by robust triangulation of their peaks."""
 
@@ -338,7 +347,8 @@ class AlgebraicTask(Task):
             valid=joints_that_count(batch),
             **options,
         )
-        terms = {"position": distance}
+        numbers = found.keypoints_2d.isfinite().all(-1) & found.confidences.isfinite()
+        terms = {"position": _unless(distance, batch.views[..., None] & ~numbers)}
         if settings.heatmap_weight > 0:
             terms["heatmaps"] = _heatmap_term(settings, batch, found.heatmaps, self)
         return terms
@@ -385,6 +395,7 @@ class VolumetricTask(Task):
             images, batch.projections, centers, views=batch.views, generator=generator
         )
         counts = joints_that_count(batch) & centers.isfinite().all(-1, keepdim=True)
+        broken = counts & ~found.keypoints_3d.isfinite().all(-1)
         scale = settings.scale
         grid = VoxelGrid(found.grid.origin * scale, found.grid.axes * scale, found.grid.size)
         target = batch.keypoints_3d.to(grid.dtype) * scale
@@ -397,7 +408,7 @@ class VolumetricTask(Task):
                 inverse_temperature=self.config.model.inverse_temperature,
                 valid=counts,
             )
-            return {"volume": loss}
+            return {"volume": _unless(loss, broken)}
         # One view tells the shape, not the depth: joints relative to the pelvis, the pelvis itself
         # as it is (the official code's way with one view).
         predicted = found.keypoints_3d * scale
@@ -409,7 +420,7 @@ class VolumetricTask(Task):
             inverse_temperature=self.config.model.inverse_temperature,
             valid=counts,
         )
-        return {"volume": distance + settings.beta * nll}
+        return {"volume": _unless(distance + settings.beta * nll, broken)}
 
     def _predict(self, batch: Batch, images: Tensor) -> Prediction:
         centers = self._centers(batch, images)
