@@ -27,6 +27,8 @@ from tritool.plot.drawing import (
     up_direction,
     verbatim,
 )
+from tritool.plot.methods import METHOD_COLOURS, plot_learning_curves, plot_methods
+from tritool.plot.networks import joint_colours, plot_prediction, project_volume
 from tritool.plot.recordings import STATUS_COLOURS, plot_reconstruction
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "GREY",
     "INK",
     "LEFT",
+    "METHOD_COLOURS",
     "PALE",
     "SIDE_COLOURS",
     "SNAP_DEGREES",
@@ -45,11 +48,16 @@ __all__ = [
     "draw_skeleton",
     "extent",
     "headline",
+    "joint_colours",
     "light",
     "look_along",
     "new_figure",
     "nice_step",
+    "plot_learning_curves",
+    "plot_methods",
+    "plot_prediction",
     "plot_reconstruction",
+    "project_volume",
     "save_figure",
     "scale_bar",
     "tint",

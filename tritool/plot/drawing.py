@@ -104,11 +104,11 @@ def save_figure(path: str | os.PathLike[str], figure: Figure, *, dpi: int = 140)
         figure.savefig(aside, dpi=dpi)
 
 
-def headline(figure: Figure, text: str, note: str) -> None:
-    """Heads a figure, with a note in grey below."""
+def headline(figure: Figure, text: str, note: str, *, left: float = LEFT) -> None:
+    """Heads a figure, with a note in grey below; ``left`` is a part of its width."""
     height = figure.get_figheight()
-    figure.text(LEFT, 1 - 0.42 / height, verbatim(text), fontsize=17, fontweight="bold", color=INK)
-    figure.text(LEFT, 1 - 0.68 / height, verbatim(note), fontsize=10.5, color=GREY)
+    figure.text(left, 1 - 0.42 / height, verbatim(text), fontsize=17, fontweight="bold", color=INK)
+    figure.text(left, 1 - 0.68 / height, verbatim(note), fontsize=10.5, color=GREY)
 
 
 def title(axes: Axes, text: str, note: str = "") -> None:
