@@ -254,7 +254,7 @@ def test_the_recording_is_never_overwritten(
 # --- the rest ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["demo", "triangulate", "info"])
+@pytest.mark.parametrize("command", ["demo", "triangulate", "train", "evaluate", "info"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     printed = capsys.readouterr().out
