@@ -181,7 +181,7 @@ class _Trainer:
             self.task.start_weights()
         self.model = self.task.model.to(accelerator.device)
         if settings.channels_last:
-            _channels_last(self.model)
+            channels_last(self.model)
         self.optimizer = _optimizer(self.task)
         self.rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         self.ema: dict[str, Tensor] | None = None
@@ -554,9 +554,12 @@ def _optimizer(task: Task) -> torch.optim.Optimizer:
     return made
 
 
-def _channels_last(model: nn.Module) -> None:
+def channels_last(model: nn.Module) -> None:
     """Lays out the weights of convolutions with the channels last; they stay the same tensors."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in model.parameters():
-        if parameter.dim() in formats:
-            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.dim()])
+        shape = parameter.shape
+        # With fewer than 8 channels oneDNN 3.12 (PyTorch 2.13, CPU) writes where it must not in the
+        # gradient of some layers; there is nothing to win with so few. Images have 3.
+        if len(shape) in formats and shape[0] >= 8 and (shape[1] >= 8 or shape[1] == 3):
+            parameter.data = parameter.data.contiguous(memory_format=formats[len(shape)])

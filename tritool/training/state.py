@@ -231,8 +231,10 @@ def _write(
 def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """As safetensors does, but a failure of the disk is an OSError."""
     safetensors = _safetensors()
+    mode = path.stat().st_mode
     try:
         safetensors.torch.save_file(tensors, path, metadata)
+        path.chmod(mode)  # it puts a file of its own there, for the owner alone
     except safetensors.SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
