@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -252,6 +253,7 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
     config.add_argument(
         "--device",
         metavar="DEVICE",
+        type=_device,
         help="cpu, cuda or cuda:1 (default: a GPU if there is one)",
     )
 
@@ -324,6 +326,12 @@ def _whole(text: str, least: int) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= {least}")
     return number
+
+
+def _device(text: str) -> str:
+    if re.fullmatch(r"cpu|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:1")
+    return text
 
 
 def _numbers(text: str) -> list[int]:
@@ -442,6 +450,8 @@ def _train(options: argparse.Namespace) -> tuple[Result, str]:
             device=options.device,
             progress=not options.json and sys.stderr.isatty(),
         )
+    if os.environ.get("RANK", "0") != "0":  # one of several processes; the first one tells
+        raise SystemExit(TERMINATED if result.stopped == "SIGTERM" else DONE)
     if result.stopped == "SIGTERM":
         raise Terminated(
             f"stopped after step {result.step} and saved; the same command goes on from there"
