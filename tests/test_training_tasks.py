@@ -79,6 +79,12 @@ def viewed(given: Batch, order: list[int]) -> Batch:
     return replace(given, **chosen)
 
 
+def only(given: Batch, which: int) -> Batch:
+    """One of the samples."""
+    names = [field.name for field in fields(given) if field.name != "joint_names"]
+    return replace(given, **{name: getattr(given, name)[which : which + 1] for name in names})
+
+
 def loss_of(task: Task, given: Batch, seed: int = 5) -> Tensor:
     return task.loss(given, torch.Generator().manual_seed(seed))[0]
 
@@ -197,15 +203,7 @@ def test_joints_not_known_do_not_count(kind: str) -> None:
     given = replace(batch(), keypoints_3d=keypoints)
     assert joints_that_count(given).sum(1).tolist() == [16, 6]
 
-    def only(which: int) -> Batch:
-        one = {
-            f.name: getattr(given, f.name)[which : which + 1]
-            for f in fields(given)
-            if f.name != "joint_names"
-        }
-        return replace(given, **one)
-
-    expected = (16 * loss_of(task, only(0)) + 6 * loss_of(task, only(1))) / 22
+    expected = (16 * loss_of(task, only(given, 0)) + 6 * loss_of(task, only(given, 1))) / 22
     # A joint beyond the cube does not count in its likelihood; here none is.
     torch.testing.assert_close(loss_of(task, given), expected, rtol=1e-4, atol=0)
 
@@ -267,6 +265,37 @@ def test_draws_come_from_the_generator_alone() -> None:
     torch.manual_seed(99)
     assert torch.equal(loss_of(task, batch(), seed=1), first)
     assert not torch.equal(loss_of(task, batch(), seed=2), first)
+
+
+def test_draws_do_not_depend_on_how_a_batch_is_cut() -> None:
+    task = task_of("volumetric", {"center_noise": 50.0}, **FROZEN)
+    parts = [loss_of(task, only(batch(), which)) for which in (0, 1)]
+    torch.testing.assert_close(loss_of(task, batch()), sum(parts) / 2, rtol=1e-4, atol=0)
+
+
+def test_cubes_turn_evenly_and_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of("volumetric", **FROZEN)
+    seen: list[Tensor | None] = []
+
+    def spied(*_: object, rotation: Tensor | None = None, **__: object) -> None:
+        seen.append(rotation)
+        raise InterruptedError
+
+    monkeypatch.setattr(VolumetricTriangulation, "forward", spied)
+    for seed in range(200):
+        with pytest.raises(InterruptedError):
+            task.loss(batch(), torch.Generator().manual_seed(seed))
+    angles = torch.stack([angle for angle in seen if angle is not None])
+    assert angles.shape == (200, 2)
+    shares = torch.histc(angles, 4, 0, 2 * torch.pi) / angles.numel()
+    assert shares.sum() == 1
+    assert (shares - 0.25).abs().max() < 0.08
+    # Samples of a batch turn apart.
+    assert (angles[:, 0] - angles[:, 1]).abs().min() > 0
+    task.model.eval()
+    with pytest.raises(InterruptedError):
+        task.loss(batch())
+    assert seen[-1] is None
 
 
 def test_the_centre_is_shifted_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,6 +493,13 @@ def test_the_centre_of_an_algebraic_network(tmp_path: Path) -> None:
     torch.testing.assert_close(middle, expected, rtol=1e-4, atol=0.1)
     # In training the centre is the truth.
     assert loss_of(task, batch()).isfinite()
+    # It takes its own order of colours.
+    other = task_of(
+        "volumetric", {"algebraic_from": str(path), "pelvis": [1, 4], "channel_order": "bgr"}
+    )
+    grid = other.predict(batch()).grid
+    assert grid is not None
+    torch.testing.assert_close(grid.origin, found.grid.origin)
     # It is no part of what is saved.
     assert not [name for name in task.model.state_dict() if "algebraic" in name]
 

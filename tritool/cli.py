@@ -149,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(
-        name: str, command: Command, summary: str, example: str, *parents: argparse.ArgumentParser
+        name: str, command: Command, summary: str, example: str, *parents: _Parser
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
@@ -177,6 +177,21 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("tritool-demo"),
         help="folder for the picture, table and recording, made if need be (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--networks",
+        action="store_true",
+        help="instead train the three small networks on generated people, which takes hours on two "
+        "cores, and compare them; started again it goes on where it was",
+    )
+    demo.add_argument(
+        "--steps",
+        metavar="N",
+        type=_positive,
+        help="with --networks, replace the length of each training",
+    )
+    demo.add_argument(
+        "--samples", metavar="N", type=_positive, help="with --networks, compare on N samples only"
     )
 
     triangulate = add(
@@ -430,7 +445,21 @@ def _count(number: int, what: str) -> str:
 
 def _demo(options: argparse.Namespace) -> tuple[Result, str]:
     folder: Path = options.output
+    if not options.networks and (options.steps or options.samples):
+        raise WrongUse("--steps and --samples belong to --networks")
     folder.mkdir(parents=True, exist_ok=True)
+    if options.networks:
+        with _one_line():
+            from tritool.demo.networks import run_networks
+
+            networks = run_networks(
+                folder,
+                steps=options.steps,
+                samples=options.samples,
+                show=not options.json and sys.stderr.isatty(),
+                progress=lambda text: print(f"tritool: {text}", file=sys.stderr),
+            )
+        return networks.to_json(), networks.to_text()
 
     from tritool.demo import STEPS, run_demo
 

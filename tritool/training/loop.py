@@ -311,14 +311,13 @@ class _Trainer:
         ):
             share = count / max(1, everything)
             # Also PyTorch's own numbers: whatever a network draws without being asked.
-            drawn = seed_of(self.settings.seed, MODEL, self.step, part)
-            torch.manual_seed(drawn)
+            torch.manual_seed(seed_of(self.settings.seed, MODEL, self.step, part))
+            # One seed for all parts: tasks draw for each sample, however the batch is cut.
+            source = torch.Generator().manual_seed(seed_of(self.settings.seed, MODEL, self.step))
             final = at + 1 == len(batches)
             waiting = contextlib.nullcontext() if final else accelerator.no_sync(self.loss)
             with waiting:
-                loss, terms = self.loss(
-                    batch.to(device, non_blocking=True), torch.Generator().manual_seed(drawn)
-                )
+                loss, terms = self.loss(batch.to(device, non_blocking=True), source)
                 # Gradients are averaged over processes; these are to be added.
                 accelerator.backward(loss * (share * accelerator.num_processes))
             for name, value in {"loss": loss.detach(), **terms}.items():

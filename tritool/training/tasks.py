@@ -6,6 +6,7 @@ The loop and the evaluation know tasks only; what belongs to one kind of network
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from tritool.models import (
     normalize_images,
 )
 from tritool.training.config import KINDS, Config
+from tritool.training.sampling import MODEL, seed_of
 
 __all__ = [
     "AlgebraicTask",
@@ -126,8 +128,9 @@ class Task:
 
         Args:
             batch: On the model's device.
-            generator: The source of what is drawn at random (rotations, shifts), on the CPU; None:
-                PyTorch's own.
+            generator: Whose seed decides what is drawn at random (rotations, shifts), for each
+                sample by its index: the same however a batch is cut into parts. None: PyTorch's
+                own numbers.
 
         Returns:
             The sum of the terms, `[]`, and the terms by name, detached. Means over the joints that
@@ -270,7 +273,8 @@ def _heatmap_term(settings: Any, batch: Batch, heatmaps: Tensor, task: Task) -> 
     """The heat maps against Gaussians at the true joints of the views there are."""
     (high, wide), (rows, columns) = batch.images.shape[-2:], heatmaps.shape[-2:]
     down, across = high / rows, wide / columns
-    x, y = batch.keypoints_2d.to(heatmaps.dtype).unbind(-1)
+    # Not as the maps are: half precision does not tell pixels apart.
+    x, y = batch.keypoints_2d.unbind(-1)
     if task.config.model.official_conventions:
         cells = torch.stack([x / across, y / down], -1)
     else:
@@ -278,7 +282,18 @@ def _heatmap_term(settings: Any, batch: Batch, heatmaps: Tensor, task: Task) -> 
     loss = losses.heatmap_mse(
         heatmaps, cells, sigma=settings.heatmap_sigma, valid=batch.views[..., None]
     )
-    return settings.heatmap_weight * loss
+    weight: float = settings.heatmap_weight
+    return weight * loss
+
+
+def _drawn(batch: Batch, generator: torch.Generator | None, count: int) -> Tensor:
+    """Numbers from a standard normal distribution, `[B, count]`, on the CPU."""
+    if generator is None:
+        return torch.randn(len(batch), count)
+    seeds = [seed_of(generator.initial_seed(), MODEL, index) for index in batch.indices]
+    return torch.stack(
+        [torch.randn(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 def _unless(loss: Tensor, broken: Tensor) -> Tensor:
@@ -309,7 +324,7 @@ class RansacTask(Task):
     def _loss(self, batch: Batch, images: Tensor, generator: torch.Generator | None) -> Terms:
         assert isinstance(self.model, RansacTriangulation)
         present = batch.views[..., None, None, None]
-        heatmaps = self.model.backbone(torch.where(present, images, 0)).heatmaps.float()
+        heatmaps = self.model.backbone(torch.where(present, images, 0)).heatmaps
         return {"heatmaps": _heatmap_term(self.config.loss, batch, heatmaps, self)}
 
     def _predict(self, batch: Batch, images: Tensor) -> Prediction:
@@ -366,7 +381,7 @@ class VolumetricTask(Task):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         # Where the centre comes from at test time, if not from the truth; read when first needed.
-        self._algebraic: AlgebraicTriangulation | None = None
+        self._algebraic: AlgebraicTask | None = None
 
     def _build(self, settings: Any) -> nn.Module:
         return VolumetricTriangulation(
@@ -386,14 +401,14 @@ class VolumetricTask(Task):
 
     def _loss(self, batch: Batch, images: Tensor, generator: torch.Generator | None) -> Terms:
         settings = self.config.loss
-        centers = self._true_centers(batch)
-        noise = self.config.model.center_noise
-        if noise > 0:
-            shift = torch.randn(centers.shape, generator=generator)
-            centers = centers + noise * shift.to(centers)
-        found = self.model(
-            images, batch.projections, centers, views=batch.views, generator=generator
-        )
+        centers, rotation = self._true_centers(batch), None
+        if self.model.training:
+            drawn = _drawn(batch, generator, 4).to(centers)
+            centers = centers + self.config.model.center_noise * drawn[:, :3]
+            if self.config.model.random_rotation:
+                # The distribution of a normal number is one from 0 to 1.
+                rotation = 2 * math.pi * torch.special.ndtr(drawn[:, 3])
+        found = self.model(images, batch.projections, centers, views=batch.views, rotation=rotation)
         counts = joints_that_count(batch) & centers.isfinite().all(-1, keepdim=True)
         broken = counts & ~found.keypoints_3d.isfinite().all(-1)
         scale = settings.scale
@@ -439,12 +454,14 @@ class VolumetricTask(Task):
             return self._true_centers(batch)
         if self._algebraic is None:
             self._algebraic = _algebraic_from(source, self.config)
-        network = self._algebraic.to(images.device)
-        joints = network(images, batch.projections, views=batch.views).keypoints_3d
-        return joints[:, list(self.config.model.pelvis)].mean(1)
+            self._algebraic.model.to(images.device)
+        return self._mean_pelvis(self._algebraic.predict(batch).keypoints_3d)
 
     def _true_centers(self, batch: Batch) -> Tensor:
-        return batch.keypoints_3d[:, list(self.config.model.pelvis)].mean(1)
+        return self._mean_pelvis(batch.keypoints_3d)
+
+    def _mean_pelvis(self, joints: Tensor) -> Tensor:
+        return joints[:, list(self.config.model.pelvis)].mean(1)
 
     def _relative(self, joints: Tensor) -> Tensor:
         """Joints relative to the pelvis; the pelvis's own joints as they are."""
@@ -472,8 +489,8 @@ def _weights_file(source: str) -> Path:
     return path
 
 
-def _algebraic_from(path: str, config: Config) -> AlgebraicTriangulation:
-    """The network that finds the centres, from its own checkpoint and the settings therein."""
+def _algebraic_from(path: str, config: Config) -> AlgebraicTask:
+    """What finds the centres, from its own checkpoint and the settings therein."""
     from tritool.training.state import read_model
 
     tensors, info = read_model(_weights_file(path), kind="algebraic")
@@ -482,7 +499,6 @@ def _algebraic_from(path: str, config: Config) -> AlgebraicTriangulation:
         raise ValueError(
             f"{path}: it is for {settings.model.num_joints} joints, not {config.model.num_joints}"
         )
-    network = AlgebraicTask(settings).model
-    network.load_state_dict(tensors)
-    assert isinstance(network, AlgebraicTriangulation)
-    return network.eval()
+    task = AlgebraicTask(settings)
+    task.model.load_state_dict(tensors)
+    return task
