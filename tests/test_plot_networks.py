@@ -135,6 +135,33 @@ def test_a_volume_and_an_absent_view_are_drawn(
     assert "</svg>" in path.read_text()
 
 
+def test_joints_are_drawn_where_the_cameras_see_them(
+    sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: list[np.ndarray[Any, Any]] = []
+    scatter = Axes.scatter
+
+    def watching(self: Axes, x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
+        drawn.append(np.stack([x, y], -1))
+        return scatter(self, x, y, *args, **kwargs)
+
+    monkeypatch.setattr(Axes, "scatter", watching)
+    points = sample.keypoints_3d.clone()
+    points[4, 1] -= 9000.0  # behind the cameras
+    plot_prediction(tmp_path / "picture.svg", sample, predicted(points))
+    expected = sample.keypoints_2d.numpy().copy()
+    expected[:, 4] = np.nan
+    for view in expected:
+        close = [
+            np.allclose(each, view, atol=1e-2, equal_nan=True)
+            for each in drawn
+            if each.shape == view.shape
+        ]
+        assert any(close)
+
+
 def test_nothing_found_is_drawn_too(
     sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tritool import Cameras
 from tritool.data import Batch, Sample
+from tritool.metrics import pa_mpjpe
 from tritool.skeletons import HUMAN36M_JOINTS
 from tritool.training import Config, compare, evaluate
 from tritool.training import evaluation as module
@@ -328,6 +329,22 @@ def test_a_method_that_finds_nothing_takes_nothing_from_the_others() -> None:
     assert errors["a"].isnan().all()
     assert torch.equal(errors["b"].isnan(), something[..., 0].isnan())
     assert errors["b"][1, 1] == pytest.approx(math.sqrt(3))
+
+
+def test_alignment_is_by_the_joints_that_all_found() -> None:
+    # The other method's wild joint, which the first did not find, must not bend its alignment.
+    target = make_sample(0).keypoints_3d[None].double()
+    loses, wild = target.clone(), target.clone()
+    loses[:, 2] = torch.nan
+    wild[:, 2] += 5000
+
+    def error(points: Tensor, target: Tensor) -> Tensor:
+        return pa_mpjpe(points, target, reduction="none")
+
+    assert float(error(wild, target)[0, 3]) > 10
+    errors = paired_errors({"loses": loses, "wild": wild}, target, error)
+    assert errors["wild"][0, 2].isnan()
+    assert float(errors["wild"].nan_to_num().max()) < 1e-6
 
 
 def test_intervals() -> None:
