@@ -18,6 +18,7 @@ from bench import MODES, Json
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 MODE_NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
+NETWORKS = "networks"
 SUITE_ORDER = ("ops", "ops-all-threads", "ops-default-malloc")
 
 
@@ -36,6 +37,7 @@ def load(folder: Path, version: str | None = None) -> list[Json]:
         raise SystemExit(f"report.py: no results of version {version or 'any'} in {folder}")
     chosen = folder / version if version else versions[-1]
     results = [json.loads(path.read_text()) for path in sorted(chosen.glob("*.json"))]
+    results = [result for result in results if result["suite"] != NETWORKS]
 
     def order(result: Json) -> tuple[int, str, str]:
         suite = result["suite"]
@@ -43,6 +45,12 @@ def load(folder: Path, version: str | None = None) -> list[Json]:
         return rank, result["device"], result["machine"]
 
     return sorted(results, key=order)
+
+
+def load_networks(folder: Path, version: str) -> list[Json]:
+    """The training steps of networks that were measured with a version."""
+    found = sorted((folder / version).glob(f"{NETWORKS}--*.json"))
+    return [json.loads(path.read_text()) for path in found]
 
 
 def ours(case: Json) -> Json:
@@ -230,7 +238,7 @@ How it is measured:
 """
 
 
-def docs_page(results: Sequence[Json], image: str) -> str:
+def docs_page(results: Sequence[Json], image: str, networks: Sequence[Json] = ()) -> str:
     parts = [METHOD, f"![Speed-up over the fastest accurate plain PyTorch version]({image})\n"]
     for result in results:
         parts.append(f"## {result['suite']}: {processor(result)}\n")
@@ -238,7 +246,32 @@ def docs_page(results: Sequence[Json], image: str) -> str:
         for case in result["cases"]:
             parts.append(f"### {case['op']}, {case['size']}\n")
             parts.append(case_section(case) + "\n")
+    parts += map(networks_section, networks)
     return "\n".join(parts)
+
+
+def networks_section(result: Json) -> str:
+    """Time and memory of a training step of each network."""
+    rows = []
+    for case in result["cases"]:
+        for row in case["variants"]:
+            times = row["times"]
+            quartiles = f"[{number(times['q1_ms'])}, {number(times['q3_ms'])}]"
+            rows.append([
+                case["size"], row["name"], f"{number(times['median_ms'])} {quartiles}",
+                number(times["ratio"]), number(row["peak_memory_mib"]),
+            ])  # fmt: skip
+    header = ["network", "geometry", "step ms", "ratio", "peak MiB"]
+    commit = (result["environment"]["git"]["commit"] or "unknown")[:10]
+    return "\n\n".join([
+        f"## Training steps of networks: {processor(result)}",
+        "One step: forward, loss, backward, Adam; float32, images on the device. The versions "
+        "differ in their geometry alone and take turns. Peak memory is that of a step in a fresh "
+        "process, above weights and images. Most of a step is convolutions.",
+        f"{result['date'][:10]}; commit {commit}; torch {result['environment']['torch']}; load "
+        "average at the beginning and the end: {}, {}.".format(*result["settings"]["load_average"]),
+        table(header, rows, left=2),
+    ]) + "\n"  # fmt: skip
 
 
 def setting_lines(result: Json) -> str:
@@ -381,11 +414,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     results = load(options.results, options.version)
+    version = results[0]["environment"]["tritool"]["tritool"]
+    networks = load_networks(options.results, version)
     image = options.docs / "images" / "benchmark.png"
     page = options.docs / "benchmarks.md"
     texts = {
         options.readme: with_block(options.readme.read_text(), readme_block(results)),
-        page: docs_page(results, "images/benchmark.png"),
+        page: docs_page(results, "images/benchmark.png", networks),
     }
     if options.check:
         stale = [

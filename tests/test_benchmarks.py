@@ -30,7 +30,9 @@ project_einsum = import_module("rivals.project").project_einsum
 triangulate_case = import_module("suites.triangulate").triangulate_case
 
 Json = dict[str, Any]
-COMMITTED = sorted((BENCHMARKS / "results").glob("*/*.json"))
+networks = import_module("networks")
+COMMITTED = sorted((BENCHMARKS / "results").glob("*/ops*.json"))
+COMMITTED_NETWORKS = sorted((BENCHMARKS / "results").glob("*/networks--*.json"))
 
 
 # ---- made-up results ----
@@ -404,3 +406,43 @@ def test_cuda_smoke_skips_without_a_gpu() -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 77
     assert "nothing was run" in done.stdout
+
+
+def check_networks(result: Json) -> None:
+    assert (result["schema"], result["suite"]) == (networks.SCHEMA, "networks")
+    for case in result["cases"]:
+        names = [row["name"] for row in case["variants"]]
+        assert names in (list(networks.VERSIONS), ["tritool"])
+        for row in case["variants"]:
+            assert 0 < row["times"]["q1_ms"] <= row["times"]["median_ms"] <= row["times"]["q3_ms"]
+            assert row["peak_memory_mib"] >= 0
+    section = report.networks_section(result)
+    assert all(case["size"] in section for case in result["cases"])
+
+
+@pytest.mark.parametrize("path", COMMITTED_NETWORKS, ids=lambda path: path.stem)
+def test_committed_networks(path: Path) -> None:
+    result = json.loads(path.read_text())
+    check_networks(result)
+    assert not result["quick"]
+    assert {case["size"] for case in result["cases"]} == {s.name for s in networks.specs(False)}
+
+
+def test_networks_quick_run_end_to_end(tmp_path: Path) -> None:
+    output = tmp_path / "networks.json"
+    arguments = ["--quick", "--only", "algebraic", "--output", str(output)]
+    assert networks.main(arguments) == 0
+    result = json.loads(output.read_text())
+    check_networks(result)
+    assert [case["network"] for case in result["cases"]] == ["algebraic"]
+
+
+@pytest.mark.parametrize("network", ["algebraic", "volumetric"])
+def test_both_geometries_of_a_network_give_the_same_loss(network: str) -> None:
+    spec = next(s for s in networks.specs(True) if s.network == network)
+    losses = []
+    for version in networks.VERSIONS:
+        step = networks.training_step(spec, "cpu")
+        with networks.geometry(version):
+            losses.append(float(step()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

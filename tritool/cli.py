@@ -181,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--networks",
         action="store_true",
-        help="instead train the three small networks on generated people, which takes hours on two "
+        help="instead train the three small networks on generated people, which takes long on two "
         "cores, and compare them; started again it goes on where it was",
     )
     demo.add_argument(

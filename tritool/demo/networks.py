@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three networks of learnable triangulation, trained and compared on people nobody filmed.
 
-Each starts from small weights that come with the package and that `tritool train` made (see
-`tritool/weights/README.md`), goes on learning for a few minutes, and is then asked about people,
-rooms and cameras that none of them has seen, with things and other people in the way.
+The small presets are trained one after the other, each from the one before, and then asked about
+people and poses that none of them has seen, with things and other people in the way.
 """
 
 from __future__ import annotations
@@ -23,12 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "NetworksReport", "run_networks"]
 
-# The worst first, if it goes as in the paper. Each preset's network starts from shipped weights.
+# In the order of training, each from the backbone of the one before; presets by method.
 METHODS = {
-    "RANSAC": "demo-ransac",
-    "algebraic": "demo-algebraic",
-    "volumetric": "demo-volumetric",
+    "RANSAC": "small-ransac",
+    "algebraic": "small-algebraic",
+    "volumetric": "small-volumetric",
 }
+_PREFIX = "small-"
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def run_networks(
         ImportError: What training needs is not installed.
         OSError: A file cannot be written.
     """
-    from tritool.plot.networks import plot_learning_curves, plot_methods
-    from tritool.training import load_config, train
+    from tritool.plot import plot_learning_curves
+    from tritool.training import train
     from tritool.training.evaluation import compare
 
     say = progress or (lambda text: None)
@@ -106,17 +106,18 @@ def run_networks(
     minutes: dict[str, float] = {}
     reached: dict[str, int] = {}
     trained: dict[str, tuple[Config, Path]] = {}
+    before: Path | None = None
     for name, preset in METHODS.items():
-        config = load_config(preset, steps=steps)
-        config = replace(config, training=replace(config.training, seed=seed))
+        config = _config(preset, before, folder, seed, steps)
         say(f"training the {name} network for {config.training.steps} steps")
         start = time.monotonic()
-        result = train(config, folder / preset.removeprefix("demo-"), progress=show)
+        result = train(config, folder / preset.removeprefix(_PREFIX), progress=show)
         if result.stopped is not None:
             raise KeyboardInterrupt
+        before = folder / preset.removeprefix(_PREFIX) / "best.safetensors"
         minutes[name] = (time.monotonic() - start) / 60
         reached[name] = result.step
-        trained[name] = config, Path(result.checkpoint)
+        trained[name] = config, before
 
     say("comparing them on people and cameras that none has seen")
     start = time.monotonic()
@@ -124,18 +125,27 @@ def run_networks(
     comparison = compare(trained, views=views, limit=samples, output=folder)
     minutes["comparing"] = (time.monotonic() - start) / 60
 
-    plot_methods(folder / "methods.png", comparison)
     curves = {
-        name: folder / preset.removeprefix("demo-") / "metrics.jsonl"
+        name: folder / preset.removeprefix(_PREFIX) / "metrics.jsonl"
         for name, preset in METHODS.items()
     }
     plot_learning_curves(folder / "learning_curves.png", curves)
     report = NetworksReport(comparison, minutes, reached, ())
-    for file, text in (
-        ("table.txt", comparison.table() + "\n"),
-        ("results.json", json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n"),
-    ):
-        with written_aside(folder / file) as aside:
-            aside.write_text(text, encoding="utf-8")
+    with written_aside(folder / "networks.json") as aside:
+        text = json.dumps(report.to_json(), indent=1, allow_nan=False)
+        aside.write_text(text + "\n", encoding="utf-8")
     written = sorted(str(path) for path in folder.iterdir() if path.is_file())
     return replace(report, written=tuple(written))
+
+
+def _config(preset: str, before: Path | None, folder: Path, seed: int, steps: int | None) -> Config:
+    """A preset that starts from the network before, and takes its centres from the algebraic."""
+    from tritool.training import load_config
+
+    config = load_config(preset, steps=steps)
+    model = config.model
+    if before is not None:
+        model = replace(model, backbone_from=str(before))
+    if config.kind == "volumetric":
+        model = replace(model, algebraic_from=str(folder / "algebraic" / "best.safetensors"))
+    return replace(config, model=model, training=replace(config.training, seed=seed))

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a training step of each network, beside the same network on plain PyTorch geometry.
+
+Everything but the geometry is the same in both: the layers, their weights, the images. Versions
+take turns within each round; peak memory is measured in a fresh process for each. Writes one JSON,
+benchmarks/results/<version>/networks--<machine>--<device>.json (with --quick to .benchmarks/).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import bench
+import torch
+from bench import Json
+from rivals.soft_argmax import soft_argmax2d_marginals, soft_argmax3d_marginals
+from rivals.triangulate import dlt_eigh
+from rivals.unproject import all_views, homogeneous
+from run import ChildFailed, default_output, write
+from suites.case import SEED
+from suites.scene import room
+from torch import Tensor
+
+from tritool import VoxelGrid, losses
+from tritool.models import AlgebraicTriangulation, RansacTriangulation, VolumetricTriangulation
+
+SCHEMA = 1
+JOINTS = 17
+VERSIONS = ("tritool", "plain PyTorch")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A network at one size."""
+
+    network: str
+    batch: int
+    views: int
+    pixels: int
+    depth: int
+    width: int
+    deconv: int
+    volume: int = 0
+    channels: int = 0
+
+    @property
+    def name(self) -> str:
+        volume = f", {self.volume}^3 x {self.channels}" if self.volume else ""
+        return (
+            f"{self.network}, {self.batch}x{self.views} images of {self.pixels}^2, "
+            f"ResNet-{self.depth} of width {self.width}{volume}"
+        )
+
+
+def specs(quick: bool) -> list[Spec]:
+    if quick:
+        tiny = {"batch": 2, "views": 2, "pixels": 128, "depth": 18, "width": 2, "deconv": 4}
+        return [
+            Spec("ransac", **tiny),
+            Spec("algebraic", **tiny),
+            Spec("volumetric", **tiny, volume=32, channels=2),
+        ]
+    small = {"batch": 8, "views": 4, "pixels": 128, "depth": 18, "width": 16, "deconv": 32}
+    paper = {"batch": 1, "views": 4, "pixels": 384, "depth": 152, "width": 64, "deconv": 256}
+    return [
+        Spec("ransac", **small),
+        Spec("algebraic", **small),
+        Spec("volumetric", **{**small, "batch": 4}, volume=32, channels=8),
+        Spec("algebraic", **paper),
+        Spec("volumetric", **paper, volume=64, channels=32),
+    ]
+
+
+def training_step(spec: Spec, device: str) -> Callable[[], Tensor]:
+    """Forward, loss, backward and an Adam step, on fixed random images and a ring of cameras.
+
+    The step returns its loss.
+    """
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    projections, points = room(spec.batch * JOINTS, spec.views, generator)
+    target = points.float().reshape(spec.batch, JOINTS, 3).to(device)
+    projections = projections.float().expand(spec.batch, -1, -1, -1).contiguous().to(device)
+    shape = (spec.batch, spec.views, 3, spec.pixels, spec.pixels)
+    images = torch.randn(shape, generator=generator).to(device)
+    centers = target.mean(1)
+    options = {"width": spec.width, "deconv_channels": spec.deconv}
+    if spec.network == "ransac":
+        network: torch.nn.Module = RansacTriangulation(JOINTS, spec.depth, **options)
+    elif spec.network == "algebraic":
+        network = AlgebraicTriangulation(JOINTS, spec.depth, **options)
+    else:
+        network = VolumetricTriangulation(
+            JOINTS, spec.depth, spec.volume, volume_channels=spec.channels,
+            v2v_width=spec.channels, random_rotation=False, **options,
+        )  # fmt: skip
+    network = network.to(device).train()
+    network.backbone.to(memory_format=torch.channels_last)  # as the training loop does
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-6)
+    cells = spec.pixels // 4
+    places = (torch.rand(spec.batch, spec.views, JOINTS, 2, generator=generator) * cells).to(device)
+
+    def step() -> Tensor:
+        if spec.network == "ransac":
+            heatmaps = network.backbone(images).heatmaps  # type: ignore[operator]
+            loss = losses.heatmap_mse(heatmaps, places)
+        elif spec.network == "algebraic":
+            found = network(images, projections).keypoints_3d
+            loss = losses.soft_mse(found / 10, target / 10)
+        else:
+            output = network(images, projections, centers)
+            loss = losses.l1(output.keypoints_3d / 10, target / 10)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+@contextmanager
+def geometry(version: str) -> Iterator[None]:
+    """Inside, the networks use tritool's operations or plain PyTorch for them."""
+    if version == "tritool":
+        yield
+        return
+    algebraic, volumetric = "tritool.models.algebraic", "tritool.models.volumetric"
+    with (
+        mock.patch(f"{algebraic}.soft_argmax2d", plain_soft_argmax2d),
+        mock.patch(f"{algebraic}.triangulate", plain_triangulate),
+        mock.patch(f"{volumetric}.soft_argmax3d", plain_soft_argmax3d),
+        mock.patch(f"{volumetric}.unproject", plain_unproject),
+    ):
+        yield
+
+
+def plain_soft_argmax2d(heatmaps: Tensor, *, inverse_temperature: float) -> Tensor:
+    height, width = heatmaps.shape[-2:]
+    run = soft_argmax2d_marginals(height, width, inverse_temperature, str(heatmaps.device))
+    return run(heatmaps)  # type: ignore[no-any-return]
+
+
+def plain_triangulate(points: Tensor, projections: Tensor, weights: Tensor) -> Tensor:
+    run = dlt_eigh(torch.float64)
+    return run(points, projections.expand(*points.shape[:-1], 3, 4), weights)  # type: ignore[no-any-return]
+
+
+def plain_soft_argmax3d(volumes: Tensor, *, inverse_temperature: float, grid: VoxelGrid) -> Tensor:
+    assert inverse_temperature == 1.0
+    return soft_argmax3d_marginals(grid.size, grid.origin, grid.axes)(volumes)  # type: ignore[no-any-return]
+
+
+def plain_unproject(
+    features: Tensor, projections: Tensor, grid: VoxelGrid, *, aggregation: str, **_: object
+) -> Tensor:
+    run = all_views(homogeneous(grid.points()), grid.size, aggregation)  # type: ignore[arg-type]
+    return run(features, projections)
+
+
+# ---- measuring ----
+
+
+def versions_of(spec: Spec) -> tuple[str, ...]:
+    """The baseline's training step has no geometry of ours to replace."""
+    return VERSIONS[:1] if spec.network == "ransac" else VERSIONS
+
+
+def measure(request: Json) -> Json:
+    """What a child process does: times of all versions, or the peak memory of one."""
+    torch.set_num_threads(request["threads"])
+    spec = next(s for s in specs(request["quick"]) if s.name == request["case"])
+    device = request["device"]
+
+    def call(version: str) -> Callable[[], object]:
+        step = training_step(spec, device)
+
+        def run() -> None:
+            with geometry(version):
+                step()
+
+        return run
+
+    if request["memory_of"]:
+        return {"peak_mib": bench.peak_memory(call(request["memory_of"]), device)}
+    calls = {version: call(version) for version in versions_of(spec)}
+    return bench.time_calls(calls, "tritool", device, request["seconds"])
+
+
+def ask(request: Json, malloc: dict[str, str]) -> Json:
+    threads = {name: str(request["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, __file__, "--request", json.dumps(request)],
+        env={**os.environ, **threads, **malloc},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise ChildFailed(f"the measuring process ended with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--seconds", type=float, help="for timing a case (default: 40, quick 0.1)")
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--request", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.request:
+        print(json.dumps(measure(json.loads(options.request))))
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("networks.py: --device cuda needs an NVIDIA GPU", file=sys.stderr)
+        return 1
+    threads = 1 if options.quick else len(os.sched_getaffinity(0))
+    seconds = options.seconds or (0.1 if options.quick else 40.0)
+    started = datetime.datetime.now(datetime.timezone.utc)
+    load = os.getloadavg()[0]
+    cases = []
+    for spec in specs(options.quick):
+        if options.only not in spec.name:
+            continue
+        request: Json = {
+            "case": spec.name, "device": options.device, "threads": threads,
+            "seconds": seconds, "quick": options.quick, "memory_of": "",
+        }  # fmt: skip
+        times = ask(request, bench.KEPT_PAGES if options.device == "cpu" else {})
+        rows = []
+        for version in versions_of(spec):
+            peak = ask(request | {"memory_of": version}, bench.RETURNED_PAGES)["peak_mib"]
+            rows.append({"name": version, "times": times[version], "peak_memory_mib": peak})
+            text = f"{times[version]['median_ms']:.4g} ms, peak {peak:.4g} MiB"
+            print(f"{spec.name}: {version}: {text}", file=sys.stderr)
+        cases.append({"network": spec.network, "size": spec.name, "variants": rows})
+    result = {
+        "schema": SCHEMA,
+        "suite": "networks",
+        "quick": options.quick,
+        "machine": bench.machine_slug(options.device),
+        "device": options.device,
+        "date": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "settings": {
+            "threads": threads,
+            "seconds_per_case": seconds,
+            "seed": SEED,
+            "load_average": [round(load, 2), round(os.getloadavg()[0], 2)],
+        },
+        "environment": bench.environment(options.device),
+        "cases": cases,
+    }
+    output = options.output or default_output(result, options.quick)
+    write(output, result)
+    print(f"networks.py: wrote {output}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
