@@ -33,6 +33,7 @@ from torch import Tensor
 
 from tritool import VoxelGrid, losses
 from tritool.models import AlgebraicTriangulation, RansacTriangulation, VolumetricTriangulation
+from tritool.training.loop import channels_last
 
 SCHEMA = 1
 JOINTS = 17
@@ -105,7 +106,7 @@ def training_step(spec: Spec, device: str) -> Callable[[], Tensor]:
             v2v_width=spec.channels, random_rotation=False, **options,
         )  # fmt: skip
     network = network.to(device).train()
-    network.backbone.to(memory_format=torch.channels_last)  # as the training loop does
+    channels_last(network)
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-6)
     cells = spec.pixels // 4
     places = (torch.rand(spec.batch, spec.views, JOINTS, 2, generator=generator) * cells).to(device)
