@@ -209,6 +209,22 @@ def test_joints_not_known_do_not_count(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
+def test_parts_weigh_by_what_they_have(kind: str) -> None:
+    """The loss of a batch is the mean of its samples', weighted by what each counts."""
+    task = task_of(kind, {"random_rotation": False} if kind == "volumetric" else {}, **FROZEN)
+    views = torch.tensor([[True, True, True], [False, True, False]])
+    keypoints_2d = torch.where(views[..., None, None], batch().keypoints_2d, torch.nan)
+    given = replace(batch(), views=views, keypoints_2d=keypoints_2d)
+    parts = [only(given, which) for which in (0, 1)]
+    counts = [task.counted(part) for part in parts]
+    # One view is no triangulation.
+    assert counts == {"ransac": [51, 17], "algebraic": [17, 0], "volumetric": [17, 17]}[kind]
+    assert task.counted(given) == sum(counts)
+    weighted = sum(c * loss_of(task, part) for c, part in zip(counts, parts, strict=True))
+    torch.testing.assert_close(loss_of(task, given), weighted / sum(counts), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_nothing_known_teaches_nothing(kind: str) -> None:
     task = task_of(kind)
     given = replace(

@@ -27,9 +27,9 @@ from tritool.training.process import (
     make_accelerator,
 )
 from tritool.training.sampling import MODEL, Order, SizedSamples, seed_of, training_batches
-from tritool.training.sections import HeatmapLoss, Schedule
+from tritool.training.sections import Schedule
 from tritool.training.state import load_state, save_state, write_model
-from tritool.training.tasks import Task, build_task, joints_that_count
+from tritool.training.tasks import Task, build_task
 from tritool.training.tracking import Board, Metrics, picture_joints
 
 __all__ = ["TrainResult", "TrainingError", "learning_rate_factor", "train"]
@@ -235,6 +235,8 @@ class _Trainer:
             self.accelerator.scaler.load_state_dict(dict(scaler))
 
     def _start_files(self, continued: bool) -> None:
+        for leaving in self.folder.glob(".*.part*"):
+            leaving.unlink()  # what a killed run was writing
         if not continued:
             for name in (LAST, BEST):
                 (self.folder / name).unlink(missing_ok=True)
@@ -300,7 +302,7 @@ class _Trainer:
             group["lr"] = self.rates[group["name"]] * factor
         # Losses are means over the joints of a part. Weighted by these, their sum over all parts is
         # the mean over the whole batch, however it is cut.
-        counts = [_counted(self.config, batch) for batch in batches]
+        counts = [self.task.counted(batch) for batch in batches]
         everything = sum(counts)
         if accelerator.num_processes > 1:
             mine = torch.tensor(float(everything), dtype=torch.float64)
@@ -530,13 +532,6 @@ class _Trainer:
 
 
 # ---- Parts ----
-
-
-def _counted(config: Config, batch: Batch) -> int:
-    """How many joints the loss of a batch is a mean over."""
-    if isinstance(config.loss, HeatmapLoss):
-        return int((batch.keypoints_2d.isfinite().all(-1) & batch.views[..., None]).sum())
-    return int(joints_that_count(batch).sum())
 
 
 def _score(validation: Mapping[str, Any]) -> float | None:

@@ -121,6 +121,10 @@ class Task:
         """The network's answer; called in evaluation mode and without gradients."""
         raise NotImplementedError
 
+    def counted(self, batch: Batch) -> int:
+        """How many joints the loss of a batch is a mean over: how much it weighs beside others."""
+        return int(joints_that_count(batch).sum())
+
     # ---- What all have in common ----
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, Terms]:
@@ -327,6 +331,11 @@ class RansacTask(Task):
         heatmaps = self.model.backbone(torch.where(present, images, 0)).heatmaps
         return {"heatmaps": _heatmap_term(self.config.loss, batch, heatmaps, self)}
 
+    def counted(self, batch: Batch) -> int:
+        """How many 2D joints there are."""
+        known = batch.keypoints_2d.isfinite().all(-1)
+        return int((known & batch.views[..., None]).sum())
+
     def _predict(self, batch: Batch, images: Tensor) -> Prediction:
         # Random pairs, where they are asked for, are the same each time.
         generator = torch.Generator(images.device).manual_seed(self.config.training.seed)
@@ -337,6 +346,11 @@ class RansacTask(Task):
             found.heatmaps,
             found.inliers.to(found.keypoints_3d.dtype),
         )
+
+
+def _triangulated(batch: Batch) -> Tensor:
+    """`[B, J]`, boolean: known joints of samples with enough views."""
+    return joints_that_count(batch) & (batch.views.sum(1, keepdim=True) > 1)
 
 
 class AlgebraicTask(Task):
@@ -359,7 +373,7 @@ class AlgebraicTask(Task):
         distance = getattr(losses, settings.position)(
             found.keypoints_3d * settings.scale,
             batch.keypoints_3d.to(found.keypoints_3d.dtype) * settings.scale,
-            valid=joints_that_count(batch),
+            valid=_triangulated(batch),
             **options,
         )
         numbers = found.keypoints_2d.isfinite().all(-1) & found.confidences.isfinite()
@@ -367,6 +381,10 @@ class AlgebraicTask(Task):
         if settings.heatmap_weight > 0:
             terms["heatmaps"] = _heatmap_term(settings, batch, found.heatmaps, self)
         return terms
+
+    def counted(self, batch: Batch) -> int:
+        """How many 3D joints there are; the loss of the heat maps weighs as much."""
+        return int(_triangulated(batch).sum())
 
     def _predict(self, batch: Batch, images: Tensor) -> Prediction:
         found = self.model(images, batch.projections, views=batch.views)
