@@ -9,10 +9,8 @@ the number of the step.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
@@ -229,16 +227,8 @@ def _write(
 
 
 def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """As safetensors does, but a failure of the disk is an OSError."""
-    safetensors = _safetensors()
-    mode = path.stat().st_mode
-    try:
-        safetensors.torch.save_file(tensors, path, metadata)
-        path.chmod(mode)  # it puts a file of its own there, for the owner alone
-    except safetensors.SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code)) from error
+    # Its own way to a file goes through a file of another name, which a killed run would leave.
+    path.write_bytes(_safetensors().torch.save(tensors, metadata))
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
