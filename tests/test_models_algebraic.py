@@ -90,7 +90,8 @@ def small(dtype: torch.dtype = torch.float64, **options: Any) -> AlgebraicTriang
     network = AlgebraicTriangulation(JOINTS, 18, **settings)
     nn.init.normal_(network.backbone.final_layer.weight, std=0.3)
     if network.use_confidences:
-        nn.init.normal_(network.backbone.alg_confidences.head[-1].weight)
+        # Larger ones saturate the sigmoid: all views alike.
+        nn.init.normal_(network.backbone.alg_confidences.head[-1].weight, std=0.01)
     return network.eval().to(dtype)
 
 

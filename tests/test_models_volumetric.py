@@ -76,7 +76,8 @@ def small(
     else:
         nn.init.normal_(network.volume_net.output_layer.weight, std=3.0)
     if network.use_confidences:
-        nn.init.normal_(network.backbone.vol_confidences.head[-1].weight)
+        # Larger ones saturate the sigmoid: all views alike.
+        nn.init.normal_(network.backbone.vol_confidences.head[-1].weight, std=0.01)
     return network.eval().to(dtype)
 
 
@@ -227,7 +228,8 @@ def test_volume_is_that_of_unproject(aggregation: str) -> None:
     if network.use_confidences:
         assert output.confidences.shape == (2, 3, CHANNELS)
         assert torch.equal(output.confidences, sees.volumetric_confidences)
-        assert output.confidences.std() > 0.01
+        assert output.confidences.std(1).max() > 0.01
+        assert output.confidences.min() > 0.01
     else:
         assert output.confidences is None
     # The cell i of a map is at pixel 4 i + 1.5.
