@@ -12,10 +12,21 @@ from typing import TYPE_CHECKING, Any
 from tritool.training.config import Config, ConfigError, load_config, presets
 
 if TYPE_CHECKING:
+    from tritool.training.evaluation import compare as compare
+    from tritool.training.evaluation import evaluate as evaluate
     from tritool.training.loop import TrainResult as TrainResult
     from tritool.training.loop import train as train
 
-__all__ = ["Config", "ConfigError", "TrainResult", "load_config", "presets", "train"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "TrainResult",
+    "compare",
+    "evaluate",
+    "load_config",
+    "presets",
+    "train",
+]
 
 _LAZY = {
     "TrainResult": "loop",
