@@ -722,9 +722,6 @@ def test_export_with_another_batch(aggregation: str) -> None:
         close(output, network(*arguments, **options))
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, reason="VoxelGrid.cube compares the batch with 3, which export keeps"
-)
 @pytest.mark.parametrize(("example", "batch"), [(2, 3), (3, 2)])
 def test_export_with_a_batch_of_three(example: int, batch: int) -> None:
     network = small()

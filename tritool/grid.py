@@ -100,7 +100,10 @@ class VoxelGrid:
         if rotation is None:
             rotation = torch.eye(3, dtype=center.dtype, device=center.device)
         _require_like(rotation, "rotation", center)
-        if rotation.shape not in ((3, 3), (center.shape[0], 3, 3)):
+        # By the number of dimensions first: comparing B with 3 would fix B in an exported program.
+        if rotation.ndim not in (2, 3) or (
+            rotation.shape != (center.shape[0], 3, 3)[3 - rotation.ndim :]
+        ):
             raise ValueError(
                 f"rotation must be [B, 3, 3] or [3, 3] with B = {center.shape[0]}, "
                 f"got {tuple(rotation.shape)}"
