@@ -602,27 +602,29 @@ def test_derivatives_from_images_to_a_loss(aggregation: str) -> None:
     assert torch.autograd.gradcheck(forward, inputs, fast_mode=True, eps=1e-7, atol=1e-4)
 
 
-def test_overfits_one_scene() -> None:
+def test_overfits_one_batch() -> None:
     torch.manual_seed(0)
-    x, projections = images(1, 3, torch.float32), projections_of(1, 3, torch.float32)
-    truth, centers = people(1).float(), centers_of(1, torch.float32)
+    x, projections = images(2, 3, torch.float32), projections_of(2, 3, torch.float32)
+    truth, centers = people(2).float(), centers_of(2, torch.float32)
     network = VolumetricTriangulation(
         JOINTS, 18, 32, width=8, deconv_channels=16, volume_channels=4, v2v_width=2,
         random_rotation=False,
     )  # fmt: skip
-    # To be quick: all but the 3D network, which one convolution stands for.
-    network.volume_net = nn.Conv3d(4, JOINTS, 3, padding=1)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=60)
-    for _ in range(60):
+    # To be quick: all but the 3D network, which two convolutions stand for.
+    network.volume_net = nn.Sequential(
+        nn.Conv3d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, JOINTS, 3, padding=1)
+    )
+    optimizer = torch.optim.Adam(network.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=100)
+    for _ in range(100):
         optimizer.zero_grad()
         loss = (network(x, projections, centers).keypoints_3d - truth).norm(dim=-1).mean()
         loss.backward()
         optimizer.step()
         schedule.step()
-    # A quarter of a voxel.
+    # A quarter of a voxel; the joints of the two scenes are seven voxels or more apart.
     error = (network(x, projections, centers).keypoints_3d - truth).norm(dim=-1)
-    assert error.mean() < 2500 / 32 / 4
+    assert error.max() < 2500 / 32 / 4
 
 
 def test_checkpointing_changes_nothing() -> None:
