@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses: scalars, averaged over the joints that count, safe where joints are missing."""
 
-from tritool.losses.heatmaps import heatmap_mse
+from tritool.losses.heatmaps import heatmap_cross_entropy, heatmap_mse
 from tritool.losses.joints import l1, l2, mse, soft_mse
 from tritool.losses.multi_view import (
     limb_length_loss,
@@ -27,6 +27,7 @@ __all__ = [
     "bending",
     "bending_prior",
     "depth_sign_check",
+    "heatmap_cross_entropy",
     "heatmap_mse",
     "l1",
     "l2",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritool._poses import checked_pair, checked_valid, distances
 from tritool.losses._mean import weighted_mean
-from tritool.losses.heatmaps import heatmap_mse
+from tritool.losses.heatmaps import heatmap_cross_entropy, heatmap_mse
 from tritool.losses.multi_view import limb_length_loss, multi_view_consistency
 from tritool.ops import _check
 from tritool.skeletons import HUMAN36M_JOINTS
@@ -50,7 +50,11 @@ class WeakLossSettings:
         alpha: Factor of the consistency of views; 0: not computed.
         psi: Factor of the limb lengths; 0: not computed.
         bending: Factor of `bending_prior`, which is no part of the paper; 0: not computed.
-        sigma: Of the Gaussians of `heatmap_mse`, cells.
+        heatmap_loss: "mse": `heatmap_mse`, as in the paper; "cross_entropy":
+            `heatmap_cross_entropy`, with which small networks learn sooner. Heat maps have no peaks
+            of height 1 then: see the `confidence` of `tritool.models.WeaklySupervisedPose`.
+        sigma: Of the Gaussians of either, cells.
+        inverse_temperature: Of the cross entropy: the network's.
         norm: As for `multi_view_consistency`.
         through_transform: As for `multi_view_consistency`.
         min_joints: As for `multi_view_consistency`.
@@ -58,14 +62,16 @@ class WeakLossSettings:
         bending_margin: As for `bending_prior`.
 
     Raises:
-        ValueError: A factor is negative or not finite.
+        ValueError: A factor is negative or not finite, or `heatmap_loss` is not known.
     """
 
     heatmap: float = 1.0
     alpha: float = 10.0
     psi: float = 5.0
     bending: float = 0.0
+    heatmap_loss: Literal["mse", "cross_entropy"] = "mse"
     sigma: float = 2.0
+    inverse_temperature: float = 20.0
     norm: Literal["l1", "l2"] = "l1"
     through_transform: bool = False
     min_joints: int = 4
@@ -78,6 +84,7 @@ class WeakLossSettings:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+        _check.one_of("heatmap_loss", self.heatmap_loss, ("mse", "cross_entropy"))
 
 
 class WeakLoss(NamedTuple):
@@ -85,7 +92,7 @@ class WeakLoss(NamedTuple):
 
     Attributes:
         total: The sum, each term times its factor in the settings.
-        heatmaps: `heatmap_mse`; 0 without labels.
+        heatmaps: The loss of the heat maps; 0 without labels.
         consistency: `multi_view_consistency`; 0 without poses.
         limb_lengths: `limb_length_loss`; 0 without poses.
         bending: `bending_prior`; 0 unless it is switched on.
@@ -158,7 +165,17 @@ def weak_total(
     zero = torch.zeros((), dtype=_check.geometry_dtype((first,)), device=first.device)
     terms = {"heatmaps": zero, "consistency": zero, "limb_lengths": zero, "bending": zero}
     if heatmaps is not None and target is not None and settings.heatmap:
-        terms["heatmaps"] = heatmap_mse(heatmaps, target, sigma=settings.sigma, valid=target_valid)
+        sigma = settings.sigma
+        if settings.heatmap_loss == "mse":
+            terms["heatmaps"] = heatmap_mse(heatmaps, target, sigma=sigma, valid=target_valid)
+        else:
+            terms["heatmaps"] = heatmap_cross_entropy(
+                heatmaps,
+                target,
+                sigma=sigma,
+                inverse_temperature=settings.inverse_temperature,
+                valid=target_valid,
+            )
     if poses is not None and settings.alpha:
         terms["consistency"] = multi_view_consistency(
             poses,

@@ -29,20 +29,25 @@ __all__ = [
     "TrainingSettings",
     "VolumetricLoss",
     "VolumetricSettings",
+    "above",
+    "at_least",
 ]
 
 Aggregation = Literal["sum", "mean", "conf", "softmax", "max"]
+HeatmapKind = Literal["mse", "cross_entropy"]
 Part = Literal["train", "validation"]
 
 
-def _at_least(section: object, least: float, *names: str) -> None:
+def at_least(section: object, least: float, *names: str) -> None:
+    """Raises for a setting of the section that is given and below the least."""
     for name in names:
         value = getattr(section, name)
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def _above(section: object, bound: float, *names: str) -> None:
+def above(section: object, bound: float, *names: str) -> None:
+    """Raises for a setting of the section that is given and not above the bound."""
     for name in names:
         value = getattr(section, name)
         if value is not None and value <= bound:
@@ -85,7 +90,7 @@ class NetworkSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _at_least(self, 1, "num_joints", "width", "deconv_channels")
+        at_least(self, 1, "num_joints", "width", "deconv_channels")
         if self.depth not in (18, 34, 50, 101, 152):
             raise ValueError(f"depth must be one of 18, 34, 50, 101, 152, got {self.depth}")
         if not self.pelvis or not all(0 <= joint < self.num_joints for joint in self.pelvis):
@@ -120,8 +125,8 @@ class RansacSettings(NetworkSettings):
     def __post_init__(self) -> None:
         """Checks the values."""
         super().__post_init__()
-        _above(self, 0, "threshold", "inverse_temperature")
-        _at_least(self, 1, "pairs")
+        above(self, 0, "threshold", "inverse_temperature")
+        at_least(self, 1, "pairs")
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class AlgebraicSettings(NetworkSettings):
     def __post_init__(self) -> None:
         """Checks the values."""
         super().__post_init__()
-        _above(self, 0, "inverse_temperature")
+        above(self, 0, "inverse_temperature")
 
 
 @dataclass(frozen=True)
@@ -179,9 +184,9 @@ class VolumetricSettings(NetworkSettings):
     def __post_init__(self) -> None:
         """Checks the values."""
         super().__post_init__()
-        _above(self, 0, "side", "inverse_temperature")
-        _at_least(self, 1, "volume_channels", "v2v_width")
-        _at_least(self, 0, "center_noise")
+        above(self, 0, "side", "inverse_temperature")
+        at_least(self, 1, "volume_channels", "v2v_width")
+        at_least(self, 0, "center_noise")
         if self.volume_size < 32 or self.volume_size % 32:
             raise ValueError(f"volume_size must be a multiple of 32, got {self.volume_size}")
 
@@ -191,19 +196,22 @@ class VolumetricSettings(NetworkSettings):
 
 @dataclass(frozen=True)
 class HeatmapLoss:
-    """Squared difference of the heat maps to Gaussians at the true 2D joints.
+    """Difference of the heat maps to Gaussians at the true 2D joints.
 
     Attributes:
+        heatmap_loss: The squared difference to Gaussians of height 1, or the cross entropy of the
+            softmax (at the network's inverse temperature) and Gaussians of sum 1.
         heatmap_weight: Factor of this loss.
         heatmap_sigma: Standard deviation of the Gaussians, cells of the heat map.
     """
 
+    heatmap_loss: HeatmapKind = "mse"
     heatmap_weight: float = 1.0
     heatmap_sigma: float = 2.0
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _above(self, 0, "heatmap_weight", "heatmap_sigma")
+        above(self, 0, "heatmap_weight", "heatmap_sigma")
 
 
 @dataclass(frozen=True)
@@ -214,20 +222,22 @@ class PositionLoss:
         position: Which distance; "soft_mse" is equation (15) of the paper.
         threshold: Of "soft_mse", squared, in the unit of `scale`; 400 is (20 cm)^2.
         scale: Millimetres are multiplied by it before the distance is taken; 0.1: centimetres.
-        heatmap_weight: Factor of the heat maps' loss; 0: none, as in the paper.
+        heatmap_loss: Which loss of the heat maps: see `HeatmapLoss`.
+        heatmap_weight: Its factor; 0: none, as in the paper.
         heatmap_sigma: Standard deviation of its Gaussians, cells of the heat map.
     """
 
     position: Literal["soft_mse", "mse", "l1", "l2"] = "soft_mse"
     threshold: float = 400.0
     scale: float = 0.1
+    heatmap_loss: HeatmapKind = "mse"
     heatmap_weight: float = 0.0
     heatmap_sigma: float = 2.0
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _above(self, 0, "threshold", "scale", "heatmap_sigma")
-        _at_least(self, 0, "heatmap_weight")
+        above(self, 0, "threshold", "scale", "heatmap_sigma")
+        at_least(self, 0, "heatmap_weight")
 
 
 @dataclass(frozen=True)
@@ -247,8 +257,8 @@ class VolumetricLoss:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _above(self, 0, "scale")
-        _at_least(self, 0, "beta")
+        above(self, 0, "scale")
+        at_least(self, 0, "beta")
 
 
 # ---- Data ----
@@ -283,8 +293,8 @@ class StudioPart:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _at_least(self, 1, "length")
-        _at_least(self, 0, "seed")
+        at_least(self, 1, "length")
+        at_least(self, 0, "seed")
 
     @classmethod
     def parse(cls, values: object, where: str) -> StudioPart:
@@ -373,7 +383,7 @@ class LearningRates:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _at_least(self, 0, "backbone", "head", "volume")
+        at_least(self, 0, "backbone", "head", "volume")
         if not any((self.backbone, self.head, self.volume)):
             raise ValueError("backbone, head and volume cannot all be 0: nothing would be trained")
 
@@ -410,8 +420,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _at_least(self, 0, "warmup", "final")
-        _above(self, 0, "gamma")
+        at_least(self, 0, "warmup", "final")
+        above(self, 0, "gamma")
         if self.final > 1:
             raise ValueError(f"final must be at most 1, got {self.final}")
         if list(self.milestones) != sorted(set(self.milestones)):
@@ -484,10 +494,10 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _at_least(self, 1, "steps", "batch_size", "accumulate")
-        _at_least(self, 1, "log_every", "validate_every", "save_every", "validation_samples")
-        _at_least(self, 0, "weight_decay", "seed", "workers", "pictures")
-        _above(self, 0, "epochs", "gradient_clip")
+        at_least(self, 1, "steps", "batch_size", "accumulate")
+        at_least(self, 1, "log_every", "validate_every", "save_every", "validation_samples")
+        at_least(self, 0, "weight_decay", "seed", "workers", "pictures")
+        above(self, 0, "epochs", "gradient_clip")
         if (self.steps is None) == (self.epochs is None):
             given = "neither" if self.steps is None else "both"
             raise ValueError(f"steps or epochs must be given, got {given}")

@@ -7,7 +7,7 @@ The loop and the evaluation know tasks only; what belongs to one kind of network
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -34,15 +34,21 @@ from tritool.training.sampling import MODEL, seed_of
 
 __all__ = [
     "AlgebraicTask",
+    "Measured",
     "Prediction",
     "RansacTask",
     "Task",
+    "Terms",
     "VolumetricTask",
     "build_task",
+    "heatmap_cells",
     "joints_that_count",
+    "weights_file",
 ]
 
 Terms = dict[str, Tensor]
+# A sum and how many it is over.
+Measured = tuple[Tensor, Tensor]
 
 # Which part of `LearningRates` a parameter belongs to, by the start of its name; the first that
 # fits, else the trunk's.
@@ -98,6 +104,10 @@ class Task:
     """
 
     kind: ClassVar[str]
+    # Whether the weights to keep are those of the least validation error, or else the last.
+    keeps_best: ClassVar[bool] = True
+    # What `measured` measures.
+    measures: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -124,6 +134,13 @@ class Task:
     def counted(self, batch: Batch) -> int:
         """How many joints the loss of a batch is a mean over: how much it weighs beside others."""
         return int(joints_that_count(batch).sum())
+
+    def begin_step(self, step: int) -> None:
+        """Tells which step of training comes, from 0, before its loss is asked for."""
+
+    def measured(self, batch: Batch, prediction: Prediction) -> dict[str, Measured]:
+        """What validation measures besides errors in millimetres: `measures`, by name."""
+        return {}
 
     # ---- What all have in common ----
 
@@ -202,7 +219,7 @@ class Task:
         """Takes every tensor of a checkpoint of ours that fits this network by name and shape."""
         from tritool.training.state import read_model
 
-        tensors, _ = read_model(_weights_file(path))
+        tensors, _ = read_model(weights_file(path))
         own = self.model.state_dict()
         fitting = {
             name: tensor
@@ -273,19 +290,34 @@ def _common(settings: Any) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names}
 
 
+def heatmap_cells(
+    joints: Tensor, image: Sequence[int], cells: Sequence[int], *, official: bool = False
+) -> Tensor:
+    """Joints `[..., 2]`, pixels of images of `(H, W)`, in cells of heat maps of `(h, w)`."""
+    down, across = image[0] / cells[0], image[1] / cells[1]
+    x, y = joints.unbind(-1)
+    if official:
+        return torch.stack([x / across, y / down], -1)
+    return torch.stack([(x + 0.5) / across - 0.5, (y + 0.5) / down - 0.5], -1)
+
+
 def _heatmap_term(settings: Any, batch: Batch, heatmaps: Tensor, task: Task) -> Tensor:
     """The heat maps against Gaussians at the true joints of the views there are."""
-    (high, wide), (rows, columns) = batch.images.shape[-2:], heatmaps.shape[-2:]
-    down, across = high / rows, wide / columns
     # Not as the maps are: half precision does not tell pixels apart.
-    x, y = batch.keypoints_2d.unbind(-1)
-    if task.config.model.official_conventions:
-        cells = torch.stack([x / across, y / down], -1)
-    else:
-        cells = torch.stack([(x + 0.5) / across - 0.5, (y + 0.5) / down - 0.5], -1)
-    loss = losses.heatmap_mse(
-        heatmaps, cells, sigma=settings.heatmap_sigma, valid=batch.views[..., None]
+    cells = heatmap_cells(
+        batch.keypoints_2d,
+        batch.images.shape[-2:],
+        heatmaps.shape[-2:],
+        official=task.config.model.official_conventions,
     )
+    sigma, valid = settings.heatmap_sigma, batch.views[..., None]
+    if settings.heatmap_loss == "mse":
+        loss = losses.heatmap_mse(heatmaps, cells, sigma=sigma, valid=valid)
+    else:
+        alpha = task.config.model.inverse_temperature
+        loss = losses.heatmap_cross_entropy(
+            heatmaps, cells, sigma=sigma, inverse_temperature=alpha, valid=valid
+        )
     weight: float = settings.heatmap_weight
     return weight * loss
 
@@ -490,7 +522,7 @@ class VolumetricTask(Task):
         return torch.where(own.to(joints.device), joints, joints - root)
 
 
-def _weights_file(source: str) -> Path:
+def weights_file(source: str) -> Path:
     """A checkpoint by its path, or, as "tritool:NAME", one that comes with the package.
 
     Raises:
@@ -511,7 +543,7 @@ def _algebraic_from(path: str, config: Config) -> AlgebraicTask:
     """What finds the centres, from its own checkpoint and the settings therein."""
     from tritool.training.state import read_model
 
-    tensors, info = read_model(_weights_file(path), kind="algebraic")
+    tensors, info = read_model(weights_file(path), kind="algebraic")
     settings = Config.from_dict(info["config"])
     if settings.model.num_joints != config.model.num_joints:
         raise ValueError(
