@@ -16,6 +16,7 @@ import torch
 import yaml
 from training_runs import hide_joints, same, tensors, tiny, tiny_values
 
+from tritool.data import Portion
 from tritool.training import ConfigError, loop, state, train
 from tritool.training.config import Config
 from tritool.training.loop import TrainingError, channels_last, learning_rate_factor
@@ -290,7 +291,7 @@ def test_no_number_stops_training(
     poisoned(monkeypatch, 4, gradient)
     with pytest.raises(TrainingError) as caught:
         train(config, tmp_path, device="cpu")
-    samples = ", ".join(map(str, Order(5, 2, 0).samples(3)))
+    samples = ", ".join(map(str, Order([Portion(5)], 2, 0).samples(3)))
     assert str(caught.value).startswith("step 4: ")
     assert ("gradient" if gradient else "loss is nan") in str(caught.value)
     assert f"samples of the batch: {samples}." in str(caught.value)
@@ -366,13 +367,13 @@ def test_devices_and_joints_that_there_are_not(tmp_path: Path) -> None:
 
 
 def test_every_epoch_has_every_sample_once_in_another_order() -> None:
-    order = Order(10, 4, seed=3)
+    order = Order([Portion(10)], 4, seed=3)
     seen = [sample for step in range(5) for sample in order.samples(step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
     # From any step, without those before.
-    assert Order(10, 4, seed=3).samples(3) == seen[12:16]
-    assert Order(10, 4, seed=4).samples(0) != seen[:4]
+    assert Order([Portion(10)], 4, seed=3).samples(3) == seen[12:16]
+    assert Order([Portion(10)], 4, seed=4).samples(0) != seen[:4]
 
 
 def test_schedules() -> None:

@@ -4,6 +4,7 @@
 Generated samples are in `tritool.data.synthetic`.
 """
 
+from tritool.data.mixture import Mixture, Portion, Remembered
 from tritool.data.recording import (
     Reconstruction,
     Recording,
@@ -20,9 +21,12 @@ from tritool.data.undistort import undistorted
 
 __all__ = [
     "Batch",
+    "Mixture",
+    "Portion",
     "Reconstruction",
     "Recording",
     "RecordingError",
+    "Remembered",
     "Sample",
     "Status",
     "collate",

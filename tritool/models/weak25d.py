@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ class WeakOutput:
             of a person of unknown size.
         root_depth: `[...]`, depth of the root in the same unit.
         discriminant: `[...]`, of the equation that gave it, see `reconstruct_pose`.
-        confidences: `[..., J]` in [0, 1], without gradient: the heat map at the predicted joint; 0
-            where there is no view.
+        confidences: `[..., J]` in [0, 1], without gradient: how sure the heat map is of its joint;
+            0 where there is no view.
         valid: `[...]`, boolean: the pose is determined. Leave the others out of losses.
         heatmaps: `[..., J, H/4, W/4]`, before the softmax; without meaning where there is no view.
         depth_maps: `[..., J, H/4, W/4]`, depths before that of the root is subtracted; likewise.
@@ -77,6 +78,11 @@ class WeaklySupervisedPose(nn.Module):
         inverse_temperature: :math:`\lambda`, the factor of the heat maps before the softmax. 20
             reads Gaussians with the sigma of `tritool.losses.heatmap_mse` to 0.05 cells; 100, as in
             learnable triangulation, to 0.3: the softmax is then narrower than a cell.
+        confidence: "peak": the heat map's value at the predicted joint, as in the paper, for maps
+            that are trained to be Gaussians of height 1 (`tritool.losses.heatmap_mse`); "mass": the
+            softmax's mass within 2 cells of it along each axis, for maps of any height
+            (`tritool.losses.heatmap_cross_entropy`). Of two peaks the mean lies between, where
+            there is little of either.
         learnable_temperature: Learn a factor of :math:`\lambda` for each joint, 1 at first.
         width: Channels of the backbone's first convolution.
         deconv_channels: Channels of the backbone's transposed convolutions.
@@ -108,6 +114,7 @@ class WeaklySupervisedPose(nn.Module):
         pair: tuple[int, int] | None = None,
         length: float = 1.0,
         inverse_temperature: float = 20.0,
+        confidence: Literal["peak", "mass"] = "peak",
         learnable_temperature: bool = False,
         width: int = 64,
         deconv_channels: int = 256,
@@ -145,6 +152,8 @@ class WeaklySupervisedPose(nn.Module):
         self.inverse_temperature = _check.positive_number(
             "inverse_temperature", inverse_temperature
         )
+        _check.one_of("confidence", confidence, ("peak", "mass"))
+        self.confidence = confidence
         self.min_spread, self.min_ratio, self.depth_range = min_spread, min_ratio, depth_range
         self.log_temperature_factor = (
             nn.Parameter(torch.zeros(num_joints)) if learnable_temperature else None
@@ -190,7 +199,11 @@ class WeaklySupervisedPose(nn.Module):
             logits = heatmaps * self.log_temperature_factor.exp()[:, None, None]
         read = soft_argmax25d(logits, depth_maps, inverse_temperature=self.inverse_temperature)
         cells, depths = read[..., :2], read[..., 2]
-        confidences = _values_at(heatmaps.detach(), cells.detach()).clamp(0, 1)
+        if self.confidence == "peak":
+            confidences = _values_at(heatmaps.detach(), cells.detach()).clamp(0, 1)
+        else:
+            probabilities = (self.inverse_temperature * logits.detach()).flatten(-2).softmax(-1)
+            confidences = _mass_near(probabilities.view(logits.shape), cells.detach())
         pixels = _views.image_from_heatmap(cells, heatmaps.shape[-2:], images.shape[-2:])
         relative = depths - depths[..., self.root, None]
         if views is not None:
@@ -275,3 +288,18 @@ def _values_at(maps: Tensor, points: Tensor) -> Tensor:
     across, down = (x - left).clamp(0, 1), (y - top).clamp(0, 1)
     upper, lower = a + across * (b - a), c + across * (d - c)
     return torch.where(known, upper + down * (lower - upper), 0)
+
+
+def _mass_near(probabilities: Tensor, points: Tensor, radius: float = 2.0) -> Tensor:
+    """The sum [..., J] of cells of [..., J, H, W] within the radius along each axis of points."""
+
+    def near(place: Tensor, size: int) -> Tensor:
+        cells = torch.arange(size, dtype=place.dtype, device=place.device)
+        # Fading over one cell, so that it does not jump with the joint.
+        return (radius + 0.5 - (cells - place[..., None]).abs()).clamp(0, 1)
+
+    height, width = probabilities.shape[-2:]
+    x, y = points.unbind(-1)
+    columns = (probabilities @ near(x, width)[..., None]).squeeze(-1)
+    # A place that is not finite comes of a map that is not: no confidence.
+    return (columns * near(y, height)).sum(-1).nan_to_num(0.0).clamp(0, 1)

@@ -25,6 +25,7 @@ from tritool.training.sections import (
     VolumetricLoss,
     VolumetricSettings,
 )
+from tritool.training.weak_sections import MixtureData, WeakSettings, WeakSupervision
 
 __all__ = [
     "DATA",
@@ -35,6 +36,7 @@ __all__ = [
     "HeatmapLoss",
     "Kind",
     "LearningRates",
+    "MixtureData",
     "NetworkSettings",
     "PositionLoss",
     "RansacSettings",
@@ -44,6 +46,8 @@ __all__ = [
     "TrainingSettings",
     "VolumetricLoss",
     "VolumetricSettings",
+    "WeakSettings",
+    "WeakSupervision",
     "load_config",
     "presets",
 ]
@@ -68,8 +72,9 @@ KINDS: dict[str, Kind] = {
     "ransac": Kind(RansacSettings, HeatmapLoss, "tritool.training.tasks:RansacTask"),
     "algebraic": Kind(AlgebraicSettings, PositionLoss, "tritool.training.tasks:AlgebraicTask"),
     "volumetric": Kind(VolumetricSettings, VolumetricLoss, "tritool.training.tasks:VolumetricTask"),
+    "weak": Kind(WeakSettings, WeakSupervision, "tritool.training.weak:WeakTask"),
 }
-DATA: dict[str, type[DataSettings]] = {"synthetic": SyntheticData}
+DATA: dict[str, type[DataSettings]] = {"synthetic": SyntheticData, "mixture": MixtureData}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ _HARD = 0.9
 _FREE = frozenset(
     {
         "backbone_from", "official_checkpoint", "imagenet_trunk", "checkpointing", "center_noise",
-        "random_rotation", "algebraic_from",
+        "random_rotation", "algebraic_from", "readout", "threshold", "pairs", "refine",
+        "reconstruction", "pseudo_from", "pseudo_threshold", "pseudo_fraction",
     }
 )  # fmt: skip
 

@@ -22,11 +22,19 @@ from tritool.training.config import Config
 from tritool.training.process import (
     Stopped,
     Stopping,
+    cores_left_to,
     deterministic,
     locked,
     make_accelerator,
 )
-from tritool.training.sampling import MODEL, Order, SizedSamples, seed_of, training_batches
+from tritool.training.sampling import (
+    MODEL,
+    Order,
+    SizedSamples,
+    portions_of,
+    seed_of,
+    training_batches,
+)
 from tritool.training.sections import Schedule
 from tritool.training.state import load_state, save_state, write_model
 from tritool.training.tasks import Task, build_task
@@ -108,7 +116,8 @@ def train(
     Args:
         config: Of the run.
         output: Folder for `last.safetensors` (what training goes on from), `best.safetensors`
-            (the weights of the best validation), `metrics.jsonl`, `config.yaml` and `tensorboard`.
+            (the weights of the best validation; of the last one, where nothing may be chosen by 3D
+            labels), `metrics.jsonl`, `config.yaml` and `tensorboard`.
         resume: Go on from `last.safetensors` if it is there; otherwise start anew, in its place.
         device: "cpu", "cuda" or "cuda:1"; None: a GPU if there is one.
         progress: Show a bar on standard error.
@@ -134,6 +143,8 @@ def train(
             stack.enter_context(locked(folder))
         stack.enter_context(torch.random.fork_rng([where] if where.type == "cuda" else []))
         stack.enter_context(deterministic(config.training.deterministic))
+        if where.type == "cpu":
+            stack.enter_context(cores_left_to(config.training.workers))
         stopping = stack.enter_context(Stopping(stop_after_seconds))
         trainer = _Trainer(config, folder, accelerator, stopping, resume)
         stack.callback(trainer.close)
@@ -170,7 +181,7 @@ class _Trainer:
             )
         self.data: SizedSamples = config.data.dataset("train")
         self.total = settings.total_steps(len(self.data))
-        self.order = Order(len(self.data), settings.batch_size, settings.seed)
+        self.order = Order(portions_of(self.data), settings.batch_size, settings.seed)
         self._check_data()
 
         torch.manual_seed(settings.seed)
@@ -297,6 +308,7 @@ class _Trainer:
     def _step(self, batches: list[Batch]) -> Stopped | None:
         """One step; `batches` are this process's parts of its batch."""
         accelerator, device = self.accelerator, self.accelerator.device
+        self.task.begin_step(self.step)
         factor = learning_rate_factor(self.settings.schedule, self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[group["name"]] * factor
@@ -423,6 +435,7 @@ class _Trainer:
             self.validated = self.step
             score = _score(self.validation)
             better = score is not None and (self.best is None or score < self.best)
+            better = better or not self.task.keeps_best
             if better:
                 self.best = score
             if self.metrics is None:
@@ -443,7 +456,8 @@ class _Trainer:
         own = list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
         size = max(1, self.settings.batch_size // self.parts)
         device, pelvis = self.accelerator.device, self.config.model.pelvis
-        sums = torch.zeros(5, dtype=torch.float64, device=device)
+        names = self.task.measures
+        sums = torch.zeros(5 + 2 * len(names), dtype=torch.float64, device=device)
         for start in range(0, len(own), size):
             here = collate([data[index] for index in own[start : start + size]])
             batch = here.to(device)
@@ -456,16 +470,21 @@ class _Trainer:
                 sums[at] += errors.nansum()
                 sums[at + 1] += errors.isfinite().sum()
             sums[4] += missing.sum()
+            if names:
+                measured = self.task.measured(batch, prediction)
+                sums[5:] += torch.stack([part for name in names for part in measured[name]])
             if self.board is not None and start < self.settings.pictures:
                 self._draw(start, here, prediction)
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
-        absolute_sum, poses, relative_sum, relative_poses, missed = sums.tolist()
+        absolute_sum, poses, relative_sum, relative_poses, missed, *more = sums.tolist()
+        pairs = zip(names, more[::2], more[1::2], strict=True)
         return {
             "mpjpe_absolute": absolute_sum / poses if poses else None,
             "mpjpe_relative": relative_sum / relative_poses if relative_poses else None,
             "poses": int(poses),
             "missing": int(missed),
+            **{name: total / count if count else None for name, total, count in pairs},
         }
 
     def _draw(self, start: int, batch: Batch, prediction: Any) -> None:

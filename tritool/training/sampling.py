@@ -8,16 +8,17 @@ be kept.
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tritool.data.mixture import Portion
 from tritool.data.sample import Batch, Sample, collate
 
-__all__ = ["Order", "SizedSamples", "seed_of", "training_batches"]
+__all__ = ["Order", "SizedSamples", "portions_of", "seed_of", "training_batches"]
 
 # What is drawn; each has its own stream of numbers.
 ORDER, VIEWS, MODEL = range(3)
@@ -41,18 +42,35 @@ class Order:
     """The order of samples: every epoch a permutation, drawn from the seed and its number.
 
     Batches are cut from the permutations one after the other, so that one may reach into the next
-    epoch and no sample is left out.
+    epoch and no sample is left out. Portions have permutations of their own and take turns, so that
+    every batch, and every part of one, is the same mixture.
 
     Args:
-        length: Of the data set.
-        batch_size: Samples of a step.
+        portions: Of the data set.
+        batch_size: Samples of a step; a multiple of the sum of the shares.
         seed: Of the run.
+
+    Raises:
+        ValueError: The batch is not such a multiple.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        # The current permutation alone: positions only grow.
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
+    def __init__(self, portions: Sequence[Portion], batch_size: int, seed: int) -> None:
+        self.portions, self.batch_size, self.seed = tuple(portions), batch_size, seed
+        # One round of turns: which portion, and the how manieth of it.
+        self._turns = [
+            (which, at) for which, each in enumerate(portions) for at in range(each.share)
+        ]
+        if batch_size % len(self._turns):
+            shares = " + ".join(str(each.share) for each in portions)
+            raise ValueError(
+                f"training.batch_size must be a multiple of {len(self._turns)}, the {shares} "
+                f"samples that come in turn, got {batch_size}"
+            )
+        lengths = [each.length for each in portions]
+        self._starts = [sum(lengths[:which]) for which in range(len(lengths))]
+        # The current permutations alone: positions only grow.
+        self._epochs = [-1] * len(portions)
+        self._permutations = [torch.empty(0, dtype=torch.long)] * len(portions)
 
     def samples(self, step: int) -> list[int]:
         """Positions in the data set that the step with this number, from 0, sees."""
@@ -60,11 +78,22 @@ class Order:
         return [self._sample(at) for at in range(first, first + self.batch_size)]
 
     def _sample(self, position: int) -> int:
-        epoch, at = divmod(position, self.length)
-        if epoch != self._epoch:
-            source = torch.Generator().manual_seed(seed_of(self.seed, ORDER, epoch))
-            self._epoch, self._permutation = epoch, torch.randperm(self.length, generator=source)
-        return int(self._permutation[at])
+        turn, place = divmod(position, len(self._turns))
+        which, at = self._turns[place]
+        portion = self.portions[which]
+        epoch, at = divmod(turn * portion.share + at, portion.length)
+        if epoch != self._epochs[which]:
+            # The first portion draws as if it were alone.
+            stream = (epoch, which) if which else (epoch,)
+            source = torch.Generator().manual_seed(seed_of(self.seed, ORDER, *stream))
+            self._epochs[which] = epoch
+            self._permutations[which] = torch.randperm(portion.length, generator=source)
+        return self._starts[which] + int(self._permutations[which][at])
+
+
+def portions_of(data: SizedSamples) -> tuple[Portion, ...]:
+    """The portions that a data set says it has, else all of it."""
+    return getattr(data, "portions", None) or (Portion(len(data)),)
 
 
 # Which sample, and at which step and place of the batch: what its views are drawn from.

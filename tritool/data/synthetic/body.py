@@ -10,6 +10,8 @@ head forward and down; abduction takes a limb away from the body; twist turns it
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +19,16 @@ import numpy.typing as npt
 
 from tritool.skeletons import HUMAN36M_JOINTS
 
-__all__ = ["BONES", "LIMITS", "Dimensions", "Pose", "draw_dimensions", "put_on_floor", "turn"]
+__all__ = [
+    "BONES",
+    "LIMITS",
+    "Dimensions",
+    "Pose",
+    "draw_dimensions",
+    "mean_limb_lengths",
+    "put_on_floor",
+    "turn",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -109,6 +120,8 @@ _PARTS = {
     "head": 0.179,
 }  # fmt: skip
 _NOSE = (0.065, 0.088)
+# Mean of all statures that are drawn, before they are clipped.
+_STATURE = 1705.0
 
 
 def draw_dimensions(rng: np.random.Generator) -> Dimensions:
@@ -124,6 +137,53 @@ def draw_dimensions(rng: np.random.Generator) -> Dimensions:
     forward, up = (float(stature * part) for part in _NOSE)
     girth = float(np.clip(rng.normal(1.0, 0.11), 0.82, 1.3))
     return Dimensions(stature=stature, girth=girth, nose=(forward, up), **lengths)
+
+
+def mean_limb_lengths(
+    joint_names: Sequence[str] = HUMAN36M_JOINTS,
+) -> tuple[tuple[tuple[int, int], ...], tuple[float, ...]]:
+    """The limbs of the studio's ordinary body, of 1705 mm.
+
+    The one thing that weakly supervised learning may know of 3D
+    (`tritool.losses.limb_length_loss`).
+
+    Args:
+        joint_names: J names, spelled as in `tritool.skeletons.HUMAN36M_JOINTS`.
+
+    Returns:
+        The limbs, pairs of joints, and the length of each in millimetres; from pelvis to neck that
+        of a straight back.
+
+    Raises:
+        ValueError: No limb has both its joints among them.
+    """
+    parts = _PARTS
+    of_names = {
+        ("pelvis", "neck"): parts["loin"] + parts["back"],
+        ("pelvis", "spine"): parts["loin"],
+        ("spine", "neck"): parts["back"],
+        ("neck", "nose"): math.hypot(*_NOSE),
+        ("neck", "head_top"): parts["head"],
+    }
+    for side in "lr":
+        of_names |= {
+            ("pelvis", f"{side}_hip"): parts["hip"],
+            (f"{side}_hip", f"{side}_knee"): parts["thigh"],
+            (f"{side}_knee", f"{side}_ankle"): parts["shank"],
+            ("neck", f"{side}_shoulder"): parts["shoulder"],
+            (f"{side}_shoulder", f"{side}_elbow"): parts["upper_arm"],
+            (f"{side}_elbow", f"{side}_wrist"): parts["forearm"],
+        }
+    index = {name: at for at, name in enumerate(joint_names)}
+    found = [
+        ((index[a], index[b]), _STATURE * part)
+        for (a, b), part in of_names.items()
+        if a in index and b in index
+    ]
+    if not found:
+        raise ValueError(f"joint_names must have limbs, got {', '.join(joint_names) or 'none'}")
+    limbs, lengths = zip(*found, strict=True)
+    return limbs, lengths
 
 
 @dataclass(frozen=True, eq=False)
