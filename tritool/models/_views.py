@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,12 @@ from tritool.models.pose_resnet import PoseResNet
 
 __all__ = [
     "at_least_float32",
-    "check_backbone",
     "check_extra",
     "checked_views",
     "freeze",
     "heatmap_projections",
     "image_from_heatmap",
+    "made_backbone",
     "one_of",
     "positive",
     "without_absent",
@@ -79,12 +80,22 @@ def checked_views(images: Tensor, projections: Tensor, views: Tensor | None) -> 
     return views
 
 
-def check_backbone(backbone: PoseResNet, num_joints: int) -> None:
-    """Raises if what was given as a backbone is none, or is for another number of joints."""
+def made_backbone(
+    backbone: PoseResNet | None, depth: int, num_joints: int, **settings: Any
+) -> PoseResNet:
+    """The backbone that was given, or a new one.
+
+    Raises:
+        TypeError: What was given is no `PoseResNet`.
+        ValueError: It is for another number of joints.
+    """
+    if backbone is None:
+        return PoseResNet(depth, num_joints, **settings)
     if not isinstance(backbone, PoseResNet):
         raise TypeError(f"backbone must be a PoseResNet or None, got {type(backbone).__name__}")
     if backbone.num_joints != num_joints:
         raise ValueError(f"backbone must have num_joints = {num_joints}, got {backbone.num_joints}")
+    return backbone
 
 
 def check_extra(name: str, value: Tensor | None, shape: tuple[int, ...], images: Tensor) -> None:

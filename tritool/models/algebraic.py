@@ -90,16 +90,15 @@ class AlgebraicTriangulation(nn.Module):
     ) -> None:
         super().__init__()
         self.inverse_temperature = _views.positive("inverse_temperature", inverse_temperature)
-        if backbone is None:
-            backbone = PoseResNet(
-                depth,
-                num_joints,
-                algebraic_confidences=use_confidences,
-                width=width,
-                deconv_channels=deconv_channels,
-                checkpointing=checkpointing,
-            )
-        _views.check_backbone(backbone, num_joints)
+        backbone = _views.made_backbone(
+            backbone,
+            depth,
+            num_joints,
+            algebraic_confidences=use_confidences,
+            width=width,
+            deconv_channels=deconv_channels,
+            checkpointing=checkpointing,
+        )
         if use_confidences and backbone.alg_confidences is None:
             raise ValueError(
                 "backbone must have algebraic_confidences=True with use_confidences, got False"

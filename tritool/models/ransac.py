@@ -117,15 +117,14 @@ class RansacTriangulation(nn.Module):
                 raise TypeError(f"pairs must be an integer or None, got {type(pairs).__name__}")
             if pairs < 1:
                 raise ValueError(f"pairs must be 1 or more, got {pairs}")
-        if backbone is None:
-            backbone = PoseResNet(
-                depth,
-                num_joints,
-                width=width,
-                deconv_channels=deconv_channels,
-                checkpointing=checkpointing,
-            )
-        _views.check_backbone(backbone, num_joints)
+        backbone = _views.made_backbone(
+            backbone,
+            depth,
+            num_joints,
+            width=width,
+            deconv_channels=deconv_channels,
+            checkpointing=checkpointing,
+        )
         self.num_joints = num_joints
         self.pairs = pairs
         self.readout = readout

@@ -155,16 +155,15 @@ class VolumetricTriangulation(nn.Module):
         self.side = _views.positive("side", side)
         self.inverse_temperature = _views.positive("inverse_temperature", inverse_temperature)
         use_confidences = aggregation in _CONFIDENT
-        if backbone is None:
-            backbone = PoseResNet(
-                depth,
-                num_joints,
-                volumetric_confidences=volume_channels if use_confidences else 0,
-                width=width,
-                deconv_channels=deconv_channels,
-                checkpointing=checkpointing,
-            )
-        _views.check_backbone(backbone, num_joints)
+        backbone = _views.made_backbone(
+            backbone,
+            depth,
+            num_joints,
+            volumetric_confidences=volume_channels if use_confidences else 0,
+            width=width,
+            deconv_channels=deconv_channels,
+            checkpointing=checkpointing,
+        )
         if use_confidences:
             _check_branch(backbone, volume_channels)
         self.num_joints = num_joints

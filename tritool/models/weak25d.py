@@ -136,15 +136,14 @@ class WeaklySupervisedPose(nn.Module):
         pair = (names.index("neck"), names.index("pelvis")) if pair is None else pair
         if not 0 <= root < num_joints:
             raise ValueError(f"root must be a joint from 0 to {num_joints - 1}, got {root}")
-        if backbone is None:
-            backbone = PoseResNet(
-                depth,
-                2 * num_joints,
-                width=width,
-                deconv_channels=deconv_channels,
-                checkpointing=checkpointing,
-            )
-        _views.check_backbone(backbone, 2 * num_joints)
+        backbone = _views.made_backbone(
+            backbone,
+            depth,
+            2 * num_joints,
+            width=width,
+            deconv_channels=deconv_channels,
+            checkpointing=checkpointing,
+        )
         self.num_joints = num_joints
         self.root = root
         self.pair = pair

@@ -235,4 +235,7 @@ def _overridden(values: object, override: str) -> dict[str, Any]:
         section[key] = dict(inner)
         section = section[key]
     section[keys[-1]] = read_yaml(text)
+    # The length of training is one of the two.
+    if keys[0] == "training" and keys[1:] in (["steps"], ["epochs"]):
+        section.pop({"steps": "epochs", "epochs": "steps"}[keys[1]], None)
     return result
