@@ -181,7 +181,7 @@ def test_commands_exist(page: Path) -> None:
         elif command == "tritool" and len(words) > 2:
             build_parser().parse_args(words[1:])
         elif command == "tritool":
-            assert words[1] in {"demo", "triangulate", "train", "evaluate", "info"}, line
+            assert words[1] in {"demo", "triangulate", "train", "evaluate", "predict", "info"}, line
         elif command == "python":
             assert (ROOT / words[1]).is_file(), line
         else:

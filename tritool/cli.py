@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -181,8 +182,20 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--networks",
         action="store_true",
-        help="instead train the three small networks on generated people, which takes long on two "
-        "cores, and compare them; started again it goes on where it was",
+        help="instead train the three small networks that come with the package a little further "
+        "on generated people, and compare them: up to ten minutes on two cores; started again it "
+        "goes on where it was",
+    )
+    demo.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="with --networks, train them from the first weights on, in one and a half hours or so",
+    )
+    demo.add_argument(
+        "--seed",
+        metavar="N",
+        type=_seed,
+        help="with --networks, draw other samples, and compare on other people (default: 0)",
     )
     demo.add_argument(
         "--steps",
@@ -252,6 +265,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
     """The commands about networks."""
+    device = _Parser(add_help=False)
+    device.add_argument(
+        "--device",
+        metavar="DEVICE",
+        type=_device,
+        help="cpu, cuda or cuda:1 (default: a GPU if there is one)",
+    )
     config = _Parser(add_help=False)
     config.add_argument(
         "config",
@@ -265,12 +285,6 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
         default=[],
         help="replace a setting, as in --set training.batch_size=4; may be given again",
     )
-    config.add_argument(
-        "--device",
-        metavar="DEVICE",
-        type=_device,
-        help="cpu, cuda or cuda:1 (default: a GPU if there is one)",
-    )
 
     train = add(
         "train",
@@ -280,6 +294,7 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
         "  torchrun --nproc-per-node 4 -m tritool train official-volumetric -o runs/volumetric\n\n"
         "A run that was killed goes on from its last checkpoint when started again.",
         config,
+        device,
     )
     train.add_argument(
         "-o",
@@ -300,6 +315,7 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
         "  tritool evaluate small-algebraic --checkpoint runs/algebraic/best.safetensors \\\n"
         "      --views 2,3 -o evaluation",
         config,
+        device,
     )
     evaluate.add_argument(
         "--checkpoint", metavar="FILE", type=Path, required=True, help="the trained weights"
@@ -315,6 +331,42 @@ def _add_training(add: Callable[..., argparse.ArgumentParser]) -> None:
         "-o", "--output", metavar="DIR", type=Path, help="folder for pictures and a JSON"
     )
 
+    predict = add(
+        "predict",
+        _predict,
+        "find the 3D pose of one person in each image, with a trained network of kind weak",
+        "  tritool predict photo.jpg --checkpoint runs/weak/best.safetensors \\\n"
+        "      --box 410,80,760,1020 --intrinsics 1450,1450,959.5,539.5 -o poses\n\n"
+        "Pixels are those of the image as it is shown, after its EXIF orientation.",
+        device,
+    )
+    predict.add_argument(
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        type=Path,
+        help="an image, or a folder: all images in it",
+    )
+    predict.add_argument(
+        "--checkpoint", metavar="FILE", type=Path, required=True, help="the trained weights"
+    )
+    predict.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="folder for pictures and a JSON"
+    )
+    predict.add_argument(
+        "--box",
+        metavar="X0,Y0,X1,Y1",
+        type=_box,
+        help="around the person, pixels, the same in all images; if X0 is below 0, type "
+        "--box=X0,Y0,X1,Y1 (default: the whole image)",
+    )
+    predict.add_argument(
+        "--intrinsics",
+        metavar="FX,FY,CX,CY",
+        type=_intrinsics,
+        help="of the whole images, pixels (default: a guess, which may be far off)",
+    )
+
 
 def _path_with(suffixes: tuple[str, ...]) -> Callable[[str], Path]:
     def path(text: str) -> Path:
@@ -326,6 +378,10 @@ def _path_with(suffixes: tuple[str, ...]) -> Callable[[str], Path]:
 
 
 def _rounds(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _seed(text: str) -> int:
     return _whole(text, 0)
 
 
@@ -351,6 +407,30 @@ def _device(text: str) -> str:
 
 def _numbers(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
+
+
+def _four(text: str) -> tuple[float, float, float, float]:
+    try:
+        a, b, c, d = map(float, text.split(","))
+    except ValueError:
+        a = b = c = d = float("nan")
+    if not all(map(math.isfinite, (a, b, c, d))):
+        raise argparse.ArgumentTypeError(f"{text!r} is not four numbers with commas between")
+    return a, b, c, d
+
+
+def _box(text: str) -> tuple[float, float, float, float]:
+    box = _four(text)
+    if not (box[0] < box[2] and box[1] < box[3]):
+        raise argparse.ArgumentTypeError(f"{text!r} must have X0 below X1 and Y0 below Y1")
+    return box
+
+
+def _intrinsics(text: str) -> tuple[float, float, float, float]:
+    intrinsics = _four(text)
+    if not min(intrinsics[:2]) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must have FX and FY above 0")
+    return intrinsics
 
 
 def _confidence(text: str) -> float:
@@ -445,8 +525,9 @@ def _count(number: int, what: str) -> str:
 
 def _demo(options: argparse.Namespace) -> tuple[Result, str]:
     folder: Path = options.output
-    if not options.networks and (options.steps or options.samples):
-        raise WrongUse("--steps and --samples belong to --networks")
+    asked = (options.steps, options.samples, options.seed)
+    if not options.networks and (options.from_scratch or any(x is not None for x in asked)):
+        raise WrongUse("--from-scratch, --seed, --steps and --samples belong to --networks")
     folder.mkdir(parents=True, exist_ok=True)
     if options.networks:
         with _one_line():
@@ -454,6 +535,8 @@ def _demo(options: argparse.Namespace) -> tuple[Result, str]:
 
             networks = run_networks(
                 folder,
+                seed=options.seed or 0,
+                from_scratch=options.from_scratch,
                 steps=options.steps,
                 samples=options.samples,
                 show=not options.json and sys.stderr.isatty(),
@@ -506,6 +589,25 @@ def _evaluate(options: argparse.Namespace) -> tuple[Result, str]:
                 progress=advance,
             )
     return result.to_json(), result.table()
+
+
+def _predict(options: argparse.Namespace) -> tuple[Result, str]:
+    with _one_line():
+        from tritool.training import predict_images
+        from tritool.training.prediction import find_images
+
+        images = find_images(options.images)
+        with _progress(len(images), "image", options) as advance:
+            result = predict_images(
+                images,
+                options.checkpoint,
+                output=options.output,
+                box=options.box,
+                intrinsics=options.intrinsics,
+                device=options.device,
+                progress=advance,
+            )
+    return result.to_json(), result.to_text()
 
 
 @contextlib.contextmanager

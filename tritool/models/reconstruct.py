@@ -412,7 +412,8 @@ def intrinsics_fallback(
     """Intrinsics of a camera of which nothing is known: focal length max(W, H), centred.
 
     A choice, not a measurement: a field of view of 53 degrees along the longer side, of a common
-    lens. A wrong focal length stretches poses in depth. Take that of the whole image, then crop.
+    lens. With a wrong focal length distances from the camera are wrong by about as much; the pose
+    itself changes little. Take that of the whole image, then crop.
 
     Args:
         image_size: (W, H) of the whole image.

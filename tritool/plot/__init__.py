@@ -27,6 +27,7 @@ from tritool.plot.drawing import (
     up_direction,
     verbatim,
 )
+from tritool.plot.images import plot_image_pose
 from tritool.plot.methods import METHOD_COLOURS, plot_learning_curves, plot_methods
 from tritool.plot.networks import joint_colours, plot_prediction, project_volume
 from tritool.plot.recordings import STATUS_COLOURS, plot_reconstruction
@@ -53,6 +54,7 @@ __all__ = [
     "look_along",
     "new_figure",
     "nice_step",
+    "plot_image_pose",
     "plot_learning_curves",
     "plot_methods",
     "plot_prediction",

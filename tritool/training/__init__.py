@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tritool.training.evaluation import evaluate as evaluate
     from tritool.training.loop import TrainResult as TrainResult
     from tritool.training.loop import train as train
+    from tritool.training.prediction import predict_images as predict_images
 
 __all__ = [
     "Config",
@@ -24,6 +25,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load_config",
+    "predict_images",
     "presets",
     "train",
 ]
@@ -33,6 +35,7 @@ _LAZY = {
     "train": "loop",
     "compare": "evaluation",
     "evaluate": "evaluation",
+    "predict_images": "prediction",
 }
 
 

@@ -48,12 +48,15 @@ class ImagePoses:
         keypoints_2d: `[N, J, 2]`, pixels.
         confidences: `[N, J]`.
         heatmaps: `[N, J, H/4, W/4]`, before the softmax.
+        valid: `[N]`, boolean: the root's depth is determined. Other poses are finite, but mean
+            little.
     """
 
     pose: Tensor
     keypoints_2d: Tensor
     confidences: Tensor
     heatmaps: Tensor
+    valid: Tensor
 
 
 class WeakTask(Task):
@@ -226,7 +229,7 @@ class WeakTask(Task):
             intrinsics: `[N, 3, 3]`, of these images.
         """
         output = self._network(images, intrinsics)
-        pose = output.pose
+        pose, valid = output.pose, output.valid
         if self.config.model.reconstruction == "median":
             found = reconstruct_pose_median(
                 output.keypoints_2d,
@@ -238,11 +241,16 @@ class WeakTask(Task):
                 depth_range=(1.0, 100.0),
             )
             pose = torch.where(found.valid[:, None, None], found.pose, pose)
+            valid = found.valid
         scale = absolute_scale(pose, output.confidences, self.millimetres.to(pose), self.limbs)
         # Of a network that is sure of nothing: the size of the pair.
         scale = torch.where(scale.isfinite(), scale, self.unit)
         return ImagePoses(
-            pose * scale[:, None, None], output.keypoints_2d, output.confidences, output.heatmaps
+            pose * scale[:, None, None],
+            output.keypoints_2d,
+            output.confidences,
+            output.heatmaps,
+            valid,
         )
 
     def _predict(self, batch: Batch, images: Tensor) -> Prediction:
