@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three networks of learnable triangulation, trained and compared on people nobody filmed.
 
-The small presets are trained one after the other, each from the one before, and then asked about
-people and poses that none of them has seen, with things and other people in the way.
+The weights that come with the package, each trained for half an hour or so, are trained a little
+further on new samples; or everything is trained from the first weights on, which is how those that
+come with the package were made. Then the networks are asked about people and poses that none of
+them has seen, with things and other people in the way.
 """
 
 from __future__ import annotations
@@ -22,13 +24,18 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "NetworksReport", "run_networks"]
 
-# In the order of training, each from the backbone of the one before; presets by method.
+# In the order of training; presets by method.
 METHODS = {
     "RANSAC": "small-ransac",
     "algebraic": "small-algebraic",
     "volumetric": "small-volumetric",
 }
+# The same 2D network, whose joints are read as those of the algebraic one.
+SOFT = "RANSAC, soft-argmax"
 _PREFIX = "small-"
+# How much further the weights of the package are trained, and at which part of their first rates.
+FURTHER_STEPS = {"RANSAC": 200, "algebraic": 200, "volumetric": 100}
+_FURTHER_RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ def run_networks(
     folder: Path,
     *,
     seed: int = 0,
+    from_scratch: bool = False,
     steps: int | None = None,
     samples: int | None = None,
     show: bool = False,
@@ -84,7 +92,10 @@ def run_networks(
 
     Args:
         folder: Where everything goes; made if need be.
-        seed: Of what is drawn in training. Data and first weights stay.
+        seed: Of what is drawn in training, and of the people that the networks are compared on.
+        from_scratch: Train from the first weights on, for the presets' numbers of steps: about one
+            and a half hours on two cores. The weights are also written as they come with the
+            package, `weights/*.safetensors`. False: go on with those of the package.
         steps: Replaces the length of each training.
         samples: Compare on the first so many samples only.
         show: Progress bars on standard error.
@@ -106,23 +117,25 @@ def run_networks(
     minutes: dict[str, float] = {}
     reached: dict[str, int] = {}
     trained: dict[str, tuple[Config, Path]] = {}
-    before: Path | None = None
     for name, preset in METHODS.items():
-        config = _config(preset, before, folder, seed, steps)
+        config = _config(name, folder, seed, from_scratch, steps)
         say(f"training the {name} network for {config.training.steps} steps")
         start = time.monotonic()
         result = train(config, folder / preset.removeprefix(_PREFIX), progress=show)
         if result.stopped is not None:
             raise KeyboardInterrupt
-        before = folder / preset.removeprefix(_PREFIX) / "best.safetensors"
         minutes[name] = (time.monotonic() - start) / 60
         reached[name] = result.step
-        trained[name] = config, before
+        trained[name] = config, _best(folder, preset)
+    if from_scratch:
+        _release(folder / "weights", trained)
 
-    say("comparing them on people and cameras that none has seen")
+    say("comparing them on people that none has seen")
     start = time.monotonic()
-    views = (2, 3)
-    comparison = compare(trained, views=views, limit=samples, output=folder)
+    config, checkpoint = trained["RANSAC"]
+    soft = replace(config, model=replace(config.model, readout="soft_argmax"))
+    methods = {"RANSAC": trained["RANSAC"], SOFT: (soft, checkpoint), **trained}
+    comparison = compare(methods, views=(2, 3), limit=samples, output=folder)
     minutes["comparing"] = (time.monotonic() - start) / 60
 
     curves = {
@@ -138,14 +151,56 @@ def run_networks(
     return replace(report, written=tuple(written))
 
 
-def _config(preset: str, before: Path | None, folder: Path, seed: int, steps: int | None) -> Config:
-    """A preset that starts from the network before, and takes its centres from the algebraic."""
+def _best(folder: Path, preset: str) -> Path:
+    return folder / preset.removeprefix(_PREFIX) / "best.safetensors"
+
+
+def _config(name: str, folder: Path, seed: int, from_scratch: bool, steps: int | None) -> Config:
+    """A preset that starts where it should and looks for its files in the folder."""
     from tritool.training import load_config
 
+    preset = METHODS[name]
+    if steps is None and not from_scratch:
+        steps = FURTHER_STEPS[name]
     config = load_config(preset, steps=steps)
-    model = config.model
-    if before is not None:
-        model = replace(model, backbone_from=str(before))
+    training = replace(config.training, seed=seed)
+    if from_scratch:
+        # The 2D network comes first, and the others start from it.
+        first = None if name == "RANSAC" else str(_best(folder, METHODS["RANSAC"]))
+    else:
+        first = f"tritool:{preset}"
+        rates = training.learning_rate
+        training = replace(
+            training,
+            learning_rate=replace(
+                rates,
+                **{part: getattr(rates, part) * _FURTHER_RATE for part in vars(rates)},
+            ),
+            schedule=replace(training.schedule, warmup=10),
+            validate_every=max(25, (training.steps or 0) // 4),
+            validation_samples=60,
+        )
+    model = replace(config.model, backbone_from=first)
     if config.kind == "volumetric":
-        model = replace(model, algebraic_from=str(folder / "algebraic" / "best.safetensors"))
-    return replace(config, model=model, training=replace(config.training, seed=seed))
+        model = replace(model, algebraic_from=str(_best(folder, METHODS["algebraic"])))
+    validation = replace(config.data.validation, seed=config.data.validation.seed + seed)
+    data = replace(config.data, validation=validation)
+    return replace(config, model=model, training=training, data=data)
+
+
+def _release(folder: Path, trained: dict[str, tuple[Config, Path]]) -> None:
+    """Writes the weights as they come with the package: in half precision."""
+    import torch
+
+    from tritool.training.state import read_model, write_model
+
+    folder.mkdir(exist_ok=True)
+    for name, (config, checkpoint) in trained.items():
+        tensors, info = read_model(checkpoint)
+        # Where the weights came from means nothing elsewhere.
+        settings = replace(config.model, backbone_from=None)
+        if config.kind == "volumetric":
+            settings = replace(settings, algebraic_from=None)
+        path = folder / f"{METHODS[name]}.safetensors"
+        released = replace(config, model=settings)
+        write_model(path, tensors, released, info["step"], dtype=torch.float16)
