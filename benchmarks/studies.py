@@ -41,27 +41,30 @@ class Arm:
     Attributes:
         name: As in the table.
         settings: What differs from the preset, `NAME=VALUE`.
-        teacher: The arm whose network gives the pseudo-labels, of the same seed.
+        start: Go on from what labels alone have taught (`START`) of the same seed; else anew.
+        taught: That network also gives the pseudo-labels.
+        steps: How many.
     """
 
     name: str
     settings: tuple[str, ...] = ()
-    teacher: str | None = None
+    start: bool = True
+    taught: bool = False
+    steps: int = 1000
 
 
-# What a run without the agreement of views has no use for.
 _LABELS_ONLY = ("loss.alpha=0", "loss.psi=0", "loss.bending=0", "loss.bending_steps=0")
-_FLAT = Arm("2D labels only, flat", _LABELS_ONLY)
+START = Arm("start", _LABELS_ONLY, start=False, steps=1200)
 _WEAK = Arm("labels, views, limbs (weak supervision)")
 
 STUDIES: dict[str, tuple[Arm, ...]] = {
     "ablation": (
         Arm(
-            "views only",
-            ("loss.heatmap_weight=0", "loss.psi=0", "loss.pretrain_steps=0", "loss.bending=0",
-             "loss.bending_steps=0"),
+            "views alone",
+            ("loss.heatmap_weight=0", "loss.psi=0", "loss.bending=0", "loss.bending_steps=0"),
+            start=False,
         ),
-        _FLAT,
+        Arm("2D labels alone: flat", _LABELS_ONLY),
         Arm("labels, limbs", ("loss.alpha=0",)),
         Arm("labels, views", ("loss.psi=0",)),
         _WEAK,
@@ -75,11 +78,12 @@ STUDIES: dict[str, tuple[Arm, ...]] = {
     ),
     "pseudo": (
         _WEAK,
-        Arm("pseudo-labels on half", ("model.pseudo_fraction=0.5",), _FLAT.name),
-        Arm("pseudo-labels on all", (), _FLAT.name),
+        Arm("pseudo-labels on half of the views", ("model.pseudo_fraction=0.5",), taught=True),
+        Arm("pseudo-labels on all", taught=True),
         Arm("true 2D labels on all", ("data.labels=2d",)),
     ),
-}  # fmt: skip
+}
+
 MEASURES = {
     "n_mpjpe": "N-MPJPE mm",
     "pa_mpjpe": "PA-MPJPE mm",
@@ -105,10 +109,17 @@ def train_and_measure(arm: Arm, seed: int, runs: Path, extra: Sequence[str]) -> 
     if done.exists():
         made: Json = json.loads(done.read_text())
         return made
-    settings = [*arm.settings, *extra, f"training.seed={seed}", "training.tensorboard=false"]
-    if arm.teacher is not None:
-        teacher = _folder(arm_named(arm.teacher), seed, runs) / "best.safetensors"
-        settings.append(f"model.pseudo_from={teacher}")
+    # Heat maps alone come first in `START`; the others have that behind them.
+    settings = [
+        *arm.settings, f"training.steps={arm.steps}", "loss.pretrain_steps=0",
+        f"training.seed={seed}", "training.tensorboard=false", "training.validate_every=1000",
+        *extra,
+    ]  # fmt: skip
+    started = _folder(START, seed, runs) / "best.safetensors"
+    if arm.start:
+        settings.append(f"model.backbone_from={started}")
+    if arm.taught:
+        settings.append(f"model.pseudo_from={started}")
     config = load_config("small-weak", overrides=settings)
     train(config, folder, device="cpu")
     evaluation = evaluate(config, folder / "best.safetensors", device="cpu")
@@ -121,10 +132,6 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def arm_named(name: str) -> Arm:
-    return next(arm for arms in STUDIES.values() for arm in arms if arm.name == name)
 
 
 def _folder(arm: Arm, seed: int, runs: Path) -> Path:
@@ -189,11 +196,10 @@ def insert(page: Path, name: str, text: str) -> None:
 def run_weak(study: str, seeds: int, jobs: int, runs: Path, extra: Sequence[str]) -> list[Json]:
     """All arms of a study at all seeds."""
     arms = STUDIES[study]
-    teachers = [arm_named(arm.teacher) for arm in arms if arm.teacher is not None]
     made: dict[str, dict[int, Json]] = {arm.name: {} for arm in arms}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_one_thread) as pool:
-        for some in (dict.fromkeys(teachers), arms):
+        for some in ((START,), arms):
             waiting = {
                 pool.submit(train_and_measure, arm, seed, runs, extra): (arm.name, seed)
                 for seed in range(seeds)

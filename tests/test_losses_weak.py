@@ -238,6 +238,30 @@ def test_terms_add_up() -> None:
     assert none.total == 0
 
 
+def test_heat_maps_by_cross_entropy() -> None:
+    maps, target = torch.randn(5, 17, 12, 16).double(), 8 * torch.rand(5, 17, 2).double()
+    known = torch.rand(5, 17) < 0.5
+    settings = WeakLossSettings(
+        heatmap=3.0, heatmap_loss="cross_entropy", sigma=1.5, inverse_temperature=4.0
+    )
+    found = weak_total(settings, heatmaps=maps, target=target, target_valid=known)
+    expected = losses.heatmap_cross_entropy(
+        maps, target, sigma=1.5, inverse_temperature=4.0, valid=known
+    )
+    assert expected > 1
+    assert torch.equal(found.heatmaps, expected)
+    assert found.total == 3 * expected
+    # The temperature is the default network's, and the squared error knows none.
+    usual = weak_total(WeakLossSettings(heatmap_loss="cross_entropy"), heatmaps=maps, target=target)
+    same = losses.heatmap_cross_entropy(maps, target, inverse_temperature=20.0)
+    assert torch.equal(usual.heatmaps, same)
+    squares = [
+        weak_total(WeakLossSettings(inverse_temperature=t), heatmaps=maps, target=target).total
+        for t in (1.0, 20.0)
+    ]
+    assert squares[0] == squares[1] == losses.heatmap_mse(maps, target)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -262,6 +286,12 @@ def test_what_a_total_needs(given: Any, words: str) -> None:
 def test_factors_must_not_be_negative() -> None:
     with pytest.raises(ValueError, match="alpha must be a finite number of at least 0, got -1"):
         WeakLossSettings(alpha=-1)
+
+
+def test_a_loss_of_heat_maps_that_there_is_not() -> None:
+    unknown: Any = "entropy"
+    with pytest.raises(ValueError, match="heatmap_loss must be one of 'mse', 'cross_entropy', got"):
+        WeakLossSettings(heatmap_loss=unknown)
 
 
 def test_total_on_samples_without_views_has_finite_gradients() -> None:

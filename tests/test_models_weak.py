@@ -17,7 +17,8 @@ from weak_scenes import PAIR, PELVIS
 from weak_study import FIRM, LIMBS, PRIOR, Direct, errors, gaussians, written
 
 from tritool import losses
-from tritool.models import PoseResNet
+from tritool.models import PoseResNet, weak25d
+from tritool.models.pose_resnet import PoseResNetOutput
 from tritool.models.reconstruct import reconstruct_pose
 from tritool.models.weak25d import WeaklySupervisedPose, WeakOutput
 from tritool.ops import soft_argmax25d
@@ -87,6 +88,92 @@ def test_confidences_are_heat_maps_between_cells() -> None:
     assert 0 < expected.mean() < 1
     torch.testing.assert_close(output.confidences, expected, rtol=1e-4, atol=1e-4)
     assert not output.confidences.requires_grad
+
+
+def peaks(*cells: tuple[int, int], height: int = 16, width: int = 24) -> Tensor:
+    """A map with peaks at (x, y), before a softmax of temperature 1/20."""
+    result = torch.zeros(height, width)
+    for x, y in cells:
+        result[y, x] = 1.0
+    return result
+
+
+def spoken(network: WeaklySupervisedPose, maps: Tensor) -> None:
+    """Lets the first heat map of every image be this one."""
+
+    def instead(module: nn.Module, given: object, found: PoseResNetOutput) -> PoseResNetOutput:
+        heatmaps = found.heatmaps.clone()
+        heatmaps[..., 0, :, :] = maps
+        return found._replace(heatmaps=heatmaps)
+
+    network.backbone.register_forward_hook(instead)
+
+
+def test_the_mass_near_a_joint_by_loops() -> None:
+    network = tiny(confidence="mass", inverse_temperature=3.0)
+    output = network(images(1, 2), K128)
+    cells = (output.keypoints_2d.detach().double() + 0.5) / 4 - 0.5
+    logits = 3.0 * output.heatmaps.detach().double()
+    for view in range(2):
+        for joint in range(0, 17, 4):
+            powers = (logits[0, view, joint] - logits[0, view, joint].max()).exp()
+            x, y = cells[0, view, joint].tolist()
+            expected = 0.0
+            for row in range(16):
+                for column in range(24):
+                    # All of a cell whose centre is at most 1.5 away, nothing beyond 2.5.
+                    near = [min(max(2.5 - abs(d), 0), 1) for d in (column - x, row - y)]
+                    expected += near[0] * near[1] * float(powers[row, column] / powers.sum())
+            assert output.confidences[0, view, joint].item() == pytest.approx(expected, abs=1e-5)
+    assert 0.01 < output.confidences.mean() < 0.9
+    assert not output.confidences.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("maps", "low", "high"),
+    [
+        (peaks((15, 3)), 0.999, 1.0),
+        (peaks((23, 15)), 0.999, 1.0),  # in a corner
+        (peaks((3, 3), (19, 3)), 0.0, 1e-3),
+        (peaks((12, 2), (12, 13)), 0.0, 1e-3),
+        (peaks((11, 8), (13, 8)), 0.999, 1.0),
+        (peaks(), 0.03, 0.1),  # 25 of 384 cells
+        (peaks((15, 3)) * torch.nan, 0.0, 0.0),
+        (peaks((15, 3)) - 1e3, 0.999, 1.0),  # of any height
+    ],
+)
+def test_mass_of_peaks(maps: Tensor, low: float, high: float) -> None:
+    network = tiny(confidence="mass")
+    spoken(network, maps)
+    confidences = network(images(1, 2), K128).confidences
+    assert (confidences[..., 0] >= low).all()
+    assert (confidences[..., 0] <= high).all()
+    assert confidences.isfinite().all()
+
+
+def test_mass_follows_the_learned_temperature_and_absent_views() -> None:
+    network, views = (
+        tiny(confidence="mass", learnable_temperature=True),
+        torch.tensor([True, False]),
+    )
+    before = network(images(2), K128, views=views).confidences
+    assert (before[1] == 0).all()
+    assert (before[0] > 0).all()
+    with torch.no_grad():
+        network.log_temperature_factor[:5] += math.log(3)
+    after = network(images(2), K128, views=views).confidences
+    hot = tiny(confidence="mass", inverse_temperature=60.0)(images(2), K128).confidences
+    torch.testing.assert_close(after[0, :5], hot[0, :5])
+    assert torch.equal(after[:, 5:], before[:, 5:])
+
+
+def test_mass_is_not_rounded_under_autocast() -> None:
+    maps = 3 * torch.randn(5, 16, 24, generator=torch.Generator().manual_seed(0))
+    probabilities = maps.flatten(-2).softmax(-1).reshape(maps.shape)
+    points = torch.tensor([[7.2, 5.1]]).expand(5, 2)
+    expected = weak25d._mass_near(probabilities, points)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(weak25d._mass_near(probabilities, points), expected)
 
 
 def test_batch_dimensions_lead_and_images_do_not_mix() -> None:
@@ -159,6 +246,7 @@ def test_state_and_settings() -> None:
         ({"length": -1.0}, ValueError, "length must be a number"),
         ({"min_ratio": 2.0}, ValueError, "min_ratio must be"),
         ({"inverse_temperature": 0.0}, ValueError, "inverse_temperature must be"),
+        ({"confidence": "height"}, ValueError, "confidence must be one of 'peak', 'mass', got"),
         ({"backbone": PoseResNet(18, 17, width=4)}, ValueError, "must have num_joints = 34"),
         ({"backbone": nn.Identity()}, TypeError, "backbone must be a PoseResNet"),
     ],

@@ -15,7 +15,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from tritool.data import Sample, collate
-from tritool.data.synthetic import ACTIONS, Studio, StudioSettings, contact_sheet
+from tritool.data.synthetic import (
+    ACTIONS,
+    Studio,
+    StudioSettings,
+    contact_sheet,
+    ordinary_limb_lengths,
+)
 from tritool.data.synthetic.body import BONES, LIMITS, draw_dimensions, rotations, turn
 from tritool.data.synthetic.eyes import Eyes
 from tritool.data.synthetic.figure import draw_subject, lowest, posed
@@ -426,3 +432,27 @@ def test_a_contact_sheet_is_a_picture(tmp_path: Path) -> None:
     assert len(image) > 5000
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([], tmp_path / "none.png")
+
+
+def test_mean_limbs_are_those_of_many_bodies() -> None:
+    limbs, lengths = ordinary_limb_lengths()
+    assert len(limbs) == 17
+    rng = np.random.default_rng(0)
+    straight = np.zeros((1, len(BONES), 3))
+    joints = np.stack([turn(draw_dimensions(rng), straight, 0.0).joints[0] for _ in range(400)])
+    first, second = np.array(limbs).T
+    drawn = np.linalg.norm(joints[:, first] - joints[:, second], axis=-1).mean(0)
+    np.testing.assert_allclose(lengths, drawn, rtol=0.02)
+
+
+def test_mean_limbs_of_other_joints() -> None:
+    limbs, lengths = ordinary_limb_lengths()
+    known = {
+        frozenset(HUMAN36M_JOINTS[j] for j in limb): n
+        for limb, n in zip(limbs, lengths, strict=True)
+    }
+    few, own = ordinary_limb_lengths(("l_knee", "chin", "neck", "l_hip", "pelvis"))
+    assert set(few) == {(4, 2), (4, 3), (3, 0)}
+    assert own[few.index((4, 2))] == known[frozenset(("pelvis", "neck"))]
+    with pytest.raises(ValueError, match="joint_names must have limbs, got l_knee, nose"):
+        ordinary_limb_lengths(("l_knee", "nose"))

@@ -82,7 +82,9 @@ class Mixture(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """One sample, with the labels that it is to have; its index is that of the mixture."""
-        count = len(self.labelled)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index must be in a mixture of {len(self)} samples, got {index}")
+        index, count = index % len(self), len(self.labelled)
         if index < count:
             return replace(_with_labels(self.labelled[index], "2d"), index=index)
         return replace(_with_labels(self.multi_view[index - count], self.labels), index=index)

@@ -119,13 +119,14 @@ def heatmap_cross_entropy(
     broken = ~heatmaps.detach().to(dtype).sum((-2, -1)).isfinite()
 
     x, y = torch.where(inside[..., None], target, 0).to(dtype).unbind(-1)
-    columns, rows = _slope(x, width, sigma), _slope(y, height, sigma)
-    columns = columns / columns.sum(-1, keepdim=True)
-    rows = rows / rows.sum(-1, keepdim=True)
+    # The Gaussian is a product of two, each scaled to a sum of 1, however narrow it is.
+    columns, rows = _exponent(x, width, sigma).softmax(-1), _exponent(y, height, sigma).softmax(-1)
     logits = alpha * heatmaps.to(dtype).masked_fill((broken | ~counts)[..., None, None], 0)
-    # q is a product of two slopes: its mean of the logits needs no map of its own.
-    expected = ((logits @ columns[..., None]).squeeze(-1) * rows).sum(-1)
-    mean = weighted_mean(logits.flatten(-2).logsumexp(-1) - expected, weights)
+    # Not a matmul: autocast and TF32 would round it.
+    expected = ((logits * columns[..., None, :]).sum(-1) * rows).sum(-1)
+    # Maps without cells have no joint inside.
+    entropy = torch.where(counts, logits.flatten(-2).logsumexp(-1) - expected, 0)
+    mean = weighted_mean(entropy, weights)
     return torch.where((broken & counts).any(), torch.nan, mean)
 
 
@@ -148,5 +149,10 @@ def _checked(
 
 def _slope(center: Tensor, size: int, sigma: float) -> Tensor:
     """The Gaussian along one axis, [..., size]; that of the map is the product of two."""
+    return _exponent(center, size, sigma).exp()
+
+
+def _exponent(center: Tensor, size: int, sigma: float) -> Tensor:
+    """The exponent of that, [..., size]."""
     cells = torch.arange(size, dtype=center.dtype, device=center.device)
-    return torch.exp(-0.5 * ((cells - center[..., None]) / sigma).square())
+    return -0.5 * ((cells - center[..., None]) / sigma).square()

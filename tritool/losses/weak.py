@@ -380,6 +380,8 @@ def _scaled_errors(prediction: Tensor, target: Tensor, counts: Tensor) -> Tensor
     """The mean distance [...] after the best scale; NaN where no joint but the root counts."""
     size = prediction.square().sum((-2, -1))
     scale = (prediction * target).sum((-2, -1)) / torch.where(size > 0, size, 1)
+    # Not turned inside out.
+    scale = scale.clamp(min=0)
     each = distances(prediction * scale[..., None, None] - target)
     number = counts.sum(-1)
     return torch.where((number > 1) & (size > 0), each.sum(-1) / number.clamp(min=1), torch.nan)

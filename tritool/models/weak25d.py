@@ -299,6 +299,7 @@ def _mass_near(probabilities: Tensor, points: Tensor, radius: float = 2.0) -> Te
 
     height, width = probabilities.shape[-2:]
     x, y = points.unbind(-1)
-    columns = (probabilities @ near(x, width)[..., None]).squeeze(-1)
+    # Not a matmul: autocast and TF32 would round it.
+    columns = (probabilities * near(x, width)[..., None, :]).sum(-1)
     # A place that is not finite comes of a map that is not: no confidence.
     return (columns * near(y, height)).sum(-1).nan_to_num(0.0).clamp(0, 1)

@@ -27,7 +27,7 @@ from tritool.plot.drawing import (
     up_direction,
     verbatim,
 )
-from tritool.plot.images import plot_image_pose
+from tritool.plot.images import plot_image_pose, plot_poses
 from tritool.plot.methods import METHOD_COLOURS, plot_learning_curves, plot_methods
 from tritool.plot.networks import joint_colours, plot_prediction, project_volume
 from tritool.plot.recordings import STATUS_COLOURS, plot_reconstruction
@@ -57,6 +57,7 @@ __all__ = [
     "plot_image_pose",
     "plot_learning_curves",
     "plot_methods",
+    "plot_poses",
     "plot_prediction",
     "plot_reconstruction",
     "project_volume",

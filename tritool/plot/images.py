@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of one pose from one image: in the image, as the camera sees it, and from the side."""
+"""Pictures of poses from single images: in the image, as the camera sees it, and from the side."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_image_pose"]
+__all__ = ["plot_image_pose", "plot_poses"]
 
 # Inches: the panels' height, the width of a skeleton, the least and the greatest of the image.
 _HIGH, _WIDE = 5.6, 3.7
@@ -130,8 +130,97 @@ def plot_image_pose(
     save_figure(path, figure)
 
 
-def _draw_image(axes: Axes, image: Array, flat: Array, sure: Array, names: Sequence[str]) -> None:
+def plot_poses(
+    path: str | os.PathLike[str],
+    images: Sequence[npt.ArrayLike],
+    keypoints_2d: npt.ArrayLike,
+    poses: Mapping[str, npt.ArrayLike],
+    joint_names: Sequence[str],
+    *,
+    name: str = "",
+    note: str = "",
+) -> None:
+    """Draws what several methods make of the same images: a row an image, two panels a method.
+
+    All poses of a row have one scale, without perspective.
+
+    Args:
+        path: the file, ``.png``, ``.pdf`` or ``.svg``; replaced if it exists.
+        images: N times [H, W, 3] uint8, red, green, blue.
+        keypoints_2d: [N, J, 2] pixels of the images, NaN where missing.
+        poses: [N, J, 3] by method, one unit, coordinates of the camera (x right, y down, z
+            forward); NaN where missing.
+        joint_names: J names.
+        name: the heading.
+        note: a line below it.
+
+    Raises:
+        ValueError: shapes do not fit, or there is no image or no method.
+        OSError: the file cannot be written; what was there before is untouched.
+    """
+    count, joints = len(images), len(joint_names)
+    flat = np.asarray(keypoints_2d, dtype=np.float64)
+    drawn = {label: np.asarray(values, dtype=np.float64) for label, values in poses.items()}
+    if not count or not drawn:
+        raise ValueError(f"images and poses must not be empty, got {count} and {len(drawn)}")
+    for label, values, last in [
+        ("keypoints_2d", flat, 2), *((f"poses[{each!r}]", p, 3) for each, p in drawn.items())
+    ]:  # fmt: skip
+        if values.shape != (count, joints, last):
+            raise ValueError(f"{label} must be {[count, joints, last]}, got {values.shape}")
+
+    wide, high, gap, between = 1.75, 2.5, 0.08, 0.3
+    method = 2 * wide + gap
+    width = 2 * _SIDE + high + len(drawn) * (between + method)
+    height = _HEAD + count * (high + gap) + 0.55
+    figure = new_figure(width, height)
+    headline(figure, name or "Poses from single images", note, left=_SIDE / width)
+    _key(figure, _SIDE / width, sure=False)
+    views = (View.around(_UP, _AHEAD), View.around(_UP, _AHEAD, azimuth=90))
+    for row in range(count):
+        bottom = (height - _HEAD - (row + 1) * high - row * gap) / height
+
+        def panel(left: float, own: float, bottom: float = bottom) -> Axes:
+            axes: Axes = figure.add_axes((left / width, bottom, own / width, high / height))
+            return axes
+
+        axes = panel(_SIDE, high)
+        image = np.asarray(images[row])
+        _draw_image(axes, image, flat[row], np.ones(joints), joint_names, thin=True)
+        found = [pose[row][np.isfinite(pose[row]).all(-1)] for pose in drawn.values()]
+        spreads = [
+            np.ptp(view(points), axis=0) for points in found if len(points) for view in views
+        ]
+        spread = np.max([*spreads, (1e-6, 1e-6)], axis=0)
+        half = max(float(spread[1]) / high, float(spread[0]) / wide) * (0.5 + _MARGIN)
+        for number, (label, pose) in enumerate(drawn.items()):
+            left = _SIDE + high + between + number * (method + between)
+            for which, eye in enumerate(views):
+                axes = panel(left + which * (wide + gap), wide)
+                bare(axes)
+                points = pose[row]
+                known = points[np.isfinite(points).all(-1)]
+                if len(known):
+                    draw_skeleton(axes, eye, points, joint_names, width=2.2)
+                    middle = (eye(known).max(axis=0) + eye(known).min(axis=0)) / 2
+                    axes.set_xlim(middle[0] - half * wide, middle[0] + half * wide)
+                    axes.set_ylim(middle[1] - half * high, middle[1] + half * high)
+                if row == 0:
+                    title(axes, label if which == 0 else "", ("from the front", "the side")[which])
+    save_figure(path, figure)
+
+
+def _draw_image(
+    axes: Axes,
+    image: Array,
+    flat: Array,
+    sure: Array,
+    names: Sequence[str],
+    *,
+    thin: bool = False,
+) -> None:
     high, wide = image.shape[:2]
+    part = 0.6 if thin else 1.0
     axes.imshow(image, interpolation="antialiased")
     for a, b in limbs(names):
         sides = {side(names[a]), side(names[b])} - {""}
@@ -139,18 +228,21 @@ def _draw_image(axes: Axes, image: Array, flat: Array, sure: Array, names: Seque
         # Twice, for a rim that is seen on dark and on light ground.
         for own, line in (("white", 4.2), (colour, 2.4)):
             axes.plot(
-                *flat[[a, b]].T, color=own, linewidth=line, solid_capstyle="round", clip_on=False
+                *flat[[a, b]].T,
+                color=own,
+                linewidth=part * line,
+                solid_capstyle="round",
+                clip_on=False,
             )
     found = np.isfinite(flat).all(axis=-1)
     strength = np.clip(np.nan_to_num(sure), _PALEST, 1)
     rims = np.array([SIDE_COLOURS[side(name)] for name in names])
-    faces = [tint(rim, float(part)) for rim, part in zip(rims, strength, strict=True)]
+    faces = [tint(rim, float(each)) for rim, each in zip(rims, strength, strict=True)]
     # A white ring first: the rim has the colour of the limbs that meet here.
+    dots = flat[found].T
+    axes.scatter(*dots, s=64 * part**2, c="white", linewidths=0, zorder=3, clip_on=False)
     axes.scatter(
-        flat[found, 0], flat[found, 1], s=64, c="white", linewidths=0, zorder=3, clip_on=False
-    )
-    axes.scatter(
-        flat[found, 0], flat[found, 1], s=34, c=[faces[at] for at in np.flatnonzero(found)],
+        *dots, s=34 * part**2, c=[faces[at] for at in np.flatnonzero(found)],
         edgecolors=rims[found].tolist(), linewidths=1.2, zorder=4, clip_on=False,
     )  # fmt: skip
     # Joints beyond the border are shown, too.
@@ -182,7 +274,7 @@ def _draw_space(
     scale_bar(axes, nice_step(extent(found), 4), "mm")
 
 
-def _key(figure: Figure, left: float) -> None:
+def _key(figure: Figure, left: float, *, sure: bool = True) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -190,10 +282,11 @@ def _key(figure: Figure, left: float) -> None:
                label=label)
         for which, label in (("l", "the person's left"), ("r", "right"), ("", "middle"))
     ]  # fmt: skip
-    handles.append(
-        Line2D([], [], color="none", marker="o", markersize=6.5, markeredgecolor=INK,
-               markerfacecolor=PALE, label="pale in the image: not sure")
-    )  # fmt: skip
+    if sure:
+        handles.append(
+            Line2D([], [], color="none", marker="o", markersize=6.5, markeredgecolor=INK,
+                   markerfacecolor=PALE, label="pale in the image: not sure")
+        )  # fmt: skip
     figure.legend(
         handles=handles, loc="lower left", ncols=len(handles), frameon=False, fontsize=10,
         bbox_to_anchor=(left, 0.12 / figure.get_figheight()), labelcolor=INK, borderaxespad=0,

@@ -262,15 +262,15 @@ def _changed(config: Config, trained: Mapping[str, Any]) -> list[str]:
     if different:
         notes.append(f"Model settings differ from training: {', '.join(different)}.")
     # The people of a studio belong to its seed.
-    learnt, measured = (
-        data.get(part, {}).get("seed")
-        for data, part in (
-            (trained.get("data", {}), "train"),
-            (_plain(config.to_dict()["data"]), "validation"),
-        )
-    )
-    if learnt is not None and learnt == measured:
-        notes.append(f"It was trained on data of the same seed, {learnt}: on the same people.")
+    parts = trained.get("data", {})
+    learnt = [
+        part.get("seed")
+        for name, part in parts.items()
+        if name != "validation" and isinstance(part, Mapping)
+    ]
+    measured = _plain(config.to_dict()["data"]).get("validation", {}).get("seed")
+    if measured is not None and measured in learnt:
+        notes.append(f"It was trained on data of the same seed, {measured}: on the same people.")
     return notes
 
 
@@ -292,7 +292,11 @@ def _check_same_data(
 ) -> None:
     if not methods:
         raise ValueError("methods must be at least one, got none")
-    settings = {name: _flat(_validation(config)) for name, (config, _) in methods.items()}
+    settings = {}
+    for name, (config, _) in methods.items():
+        part = _validation(config)
+        # What they were trained on may differ, in kind as well.
+        settings[name] = _flat(part.get("validation", part))
     first, *others = settings
     for name in others:
         for key in [*settings[first], *settings[name]]:

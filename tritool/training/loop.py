@@ -58,7 +58,8 @@ class TrainResult:
         losses: Step and mean loss of each line of the learning curve.
         validation: The last validation: `mpjpe_absolute` and `mpjpe_relative` in millimetres, None
             without a pose; `poses` and `missing`. None if there was none yet.
-        best: The least error of all validations, mm.
+        best: The error of the weights in `best.safetensors`, mm: the least of all validations, or
+            that of the last where nothing may be chosen by 3D labels.
         checkpoint: What training goes on from.
         stopped: "SIGTERM" or "time" if it ended early, else None.
         seconds: How long this run took.
@@ -181,7 +182,7 @@ class _Trainer:
             )
         self.data: SizedSamples = config.data.dataset("train")
         self.total = settings.total_steps(len(self.data))
-        self.order = Order(portions_of(self.data), settings.batch_size, settings.seed)
+        self.order = Order(portions_of(self.data), settings.batch_size, settings.seed, self.parts)
         self._check_data()
 
         torch.manual_seed(settings.seed)
@@ -218,8 +219,10 @@ class _Trainer:
         accelerator.wait_for_everyone()
 
     def _check_data(self) -> None:
-        first = self.data[0]
-        joints, cameras = len(first.joint_names), len(first.cameras)
+        lengths = [portion.length for portion in portions_of(self.data)]
+        firsts = [self.data[sum(lengths[:which])] for which in range(len(lengths))]
+        joints = len(firsts[0].joint_names)
+        cameras = max(len(first.cameras) for first in firsts)
         if joints != self.config.model.num_joints:
             raise ValueError(
                 f"model.num_joints must be {joints} as in the data, "

@@ -47,24 +47,28 @@ class Order:
 
     Args:
         portions: Of the data set.
-        batch_size: Samples of a step; a multiple of the sum of the shares.
+        batch_size: Samples of a step.
         seed: Of the run.
+        parts: How many equal parts a batch is cut into; each a multiple of the sum of the shares.
 
     Raises:
-        ValueError: The batch is not such a multiple.
+        ValueError: The parts are not such a multiple.
     """
 
-    def __init__(self, portions: Sequence[Portion], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, portions: Sequence[Portion], batch_size: int, seed: int, parts: int = 1
+    ) -> None:
         self.portions, self.batch_size, self.seed = tuple(portions), batch_size, seed
         # One round of turns: which portion, and the how manieth of it.
         self._turns = [
             (which, at) for which, each in enumerate(portions) for at in range(each.share)
         ]
-        if batch_size % len(self._turns):
+        if batch_size % (parts * len(self._turns)):
             shares = " + ".join(str(each.share) for each in portions)
+            cut = f" times {parts}, processes times accumulate" if parts > 1 else ""
             raise ValueError(
                 f"training.batch_size must be a multiple of {len(self._turns)}, the {shares} "
-                f"samples that come in turn, got {batch_size}"
+                f"samples that come in turn{cut}, got {batch_size}"
             )
         lengths = [each.length for each in portions]
         self._starts = [sum(lengths[:which]) for which in range(len(lengths))]
@@ -83,9 +87,7 @@ class Order:
         portion = self.portions[which]
         epoch, at = divmod(turn * portion.share + at, portion.length)
         if epoch != self._epochs[which]:
-            # The first portion draws as if it were alone.
-            stream = (epoch, which) if which else (epoch,)
-            source = torch.Generator().manual_seed(seed_of(self.seed, ORDER, *stream))
+            source = torch.Generator().manual_seed(seed_of(self.seed, ORDER, epoch, which))
             self._epochs[which] = epoch
             self._permutations[which] = torch.randperm(portion.length, generator=source)
         return self._starts[which] + int(self._permutations[which][at])

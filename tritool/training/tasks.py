@@ -57,6 +57,7 @@ _PARTS = (
     ("backbone.final_layer.", "head"),
     ("backbone.alg_confidences.", "head"),
     ("backbone.vol_confidences.", "head"),
+    ("log_temperature_factor", "head"),
     ("backbone.", "backbone"),
     ("process_features.", "volume"),
     ("volume_net.", "volume"),

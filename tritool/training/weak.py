@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tritool import losses
 from tritool.data.sample import Batch
-from tritool.data.synthetic import mean_limb_lengths
+from tritool.data.synthetic import ordinary_limb_lengths
 from tritool.metrics import n_mpjpe, pa_mpjpe
 from tritool.models import (
     WeaklySupervisedPose,
@@ -73,7 +73,7 @@ class WeakTask(Task):
         # The network whose 2D joints stand in for labels; read when first needed.
         self._teacher: WeakTask | None = None
         limbs, millimetres = (
-            mean_limb_lengths()
+            ordinary_limb_lengths()
             if config.model.limb_lengths == "studio"
             else losses.published_limb_lengths(millimetres=True)
         )
@@ -140,9 +140,16 @@ class WeakTask(Task):
             **self._factors(),
         )
         cells = heatmap_cells(labels, batch.images.shape[-2:], output.heatmaps.shape[-2:])
+        heatmaps = output.heatmaps
+        if settings.heatmap_loss == "cross_entropy" and isinstance(
+            self.model, WeaklySupervisedPose
+        ):
+            factor = self.model.log_temperature_factor
+            # What the soft-argmax reads.
+            heatmaps = heatmaps if factor is None else heatmaps * factor.exp()[:, None, None]
         found = losses.weak_total(
             weights,
-            heatmaps=output.heatmaps,
+            heatmaps=heatmaps,
             target=cells,
             target_valid=known,
             poses=poses,
@@ -161,7 +168,8 @@ class WeakTask(Task):
         if settings.bending:
             terms["bending"] = weights.bending * found.bending
         if settings.depth:
-            terms["depth"] = settings.depth * self._depth_error(batch, output)
+            factor = settings.depth if self._step >= settings.pretrain_steps else 0.0
+            terms["depth"] = factor * self._depth_error(batch, output)
         return {name: torch.where(broken, torch.nan, term) for name, term in terms.items()}
 
     def _factors(self) -> dict[str, float]:
@@ -191,7 +199,8 @@ class WeakTask(Task):
                 self._teacher = _network_from(source, self.config)
                 self._teacher.model.to(images.device)
             with torch.no_grad():
-                taught = self._teacher.model(images[seen][rows], batch.intrinsics[seen][rows])
+                own = self._teacher.images(batch.images[seen][rows])
+                taught = self._teacher.model(own, batch.intrinsics[seen][rows])
             sure = taught.confidences > self.config.model.pseudo_threshold
             labels, known = labels.clone(), known.clone()
             labels[rows] = torch.where(sure[..., None], taught.keypoints_2d, torch.nan).to(
@@ -241,7 +250,7 @@ class WeakTask(Task):
                 depth_range=(1.0, 100.0),
             )
             pose = torch.where(found.valid[:, None, None], found.pose, pose)
-            valid = found.valid
+            valid = valid | found.valid
         scale = absolute_scale(pose, output.confidences, self.millimetres.to(pose), self.limbs)
         # Of a network that is sure of nothing: the size of the pair.
         scale = torch.where(scale.isfinite(), scale, self.unit)
@@ -261,7 +270,9 @@ class WeakTask(Task):
         rows = torch.arange(len(batch), device=seen.device)
         pose = _scattered(found.pose, seen)[rows, first]
         motion = _motions(batch)[rows, first]  # [B, 3, 4]
-        world = (pose - motion[:, None, :, 3]) @ motion[:, :, :3]
+        # The inverse of a rotation is its transpose.
+        away = pose - motion[:, None, :, 3]
+        world = (motion[:, None, :, :3] * away[..., None]).sum(-2)
         return Prediction(
             world,
             keypoints_2d=_scattered(found.keypoints_2d, seen),
@@ -282,13 +293,11 @@ class WeakTask(Task):
         first = batch.views.to(torch.uint8).argmax(1)
         rows = torch.arange(len(batch), device=found.device)
         motion = _motions(batch)[rows, first].double()
-        in_camera = [
-            joints @ motion[:, :, :3].mT + motion[:, None, :, 3] for joints in (found, true)
-        ]
-        sign = losses.depth_sign_check(*in_camera, root=root[0])
+        sign = losses.depth_sign_check(_moved(found, motion), _moved(true, motion), root=root[0])
+        poses = result["n_mpjpe"][1]
         for name, value in (("reversed", sign.reversed), ("wrong_knees", sign.wrong_knees)):
             known = value.isfinite()
-            result[name] = (torch.where(known, value, 0) * len(batch), known * len(batch))
+            result[name] = (torch.where(known, value, 0) * poses, known * poses)
         return result
 
     def _network(self, images: Tensor, intrinsics: Tensor) -> WeakOutput:
@@ -315,9 +324,14 @@ def _motions(batch: Batch) -> Tensor:
 
 def _in_cameras(batch: Batch, joints: Tensor) -> Tensor:
     """Joints `[B, J, 3]` of the world in the coordinates of each camera, `[B, C, J, 3]`."""
-    motion = _motions(batch)
-    moved: Tensor = joints[:, None] @ motion[..., :3].mT + motion[..., None, :, 3]
-    return moved
+    return _moved(joints[:, None], _motions(batch))
+
+
+def _moved(joints: Tensor, motion: Tensor) -> Tensor:
+    """Joints `[..., J, 3]` after motions `[..., 3, 4]`."""
+    # Not a matmul: autocast and TF32 would round it.
+    turned = (motion[..., None, :, :3] * joints[..., None, :]).sum(-1)
+    return turned + motion[..., None, :, 3]
 
 
 def _network_from(source: str, config: Any) -> WeakTask:

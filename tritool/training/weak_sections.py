@@ -64,6 +64,8 @@ class WeakSettings(NetworkSettings):
         at_least(self, 0, "pseudo_threshold", "pseudo_fraction")
         if self.pseudo_fraction > 1:
             raise ValueError(f"pseudo_fraction must be at most 1, got {self.pseudo_fraction}")
+        if self.min_ratio >= 1:
+            raise ValueError(f"min_ratio must be below 1, got {self.min_ratio}")
         if len(set(self.pair)) < 2 or not all(0 <= j < self.num_joints for j in self.pair):
             raise ValueError(
                 f"pair must be two joints from 0 to {self.num_joints - 1}, got {list(self.pair)}"

@@ -25,7 +25,7 @@ __all__ = [
     "Dimensions",
     "Pose",
     "draw_dimensions",
-    "mean_limb_lengths",
+    "ordinary_limb_lengths",
     "put_on_floor",
     "turn",
 ]
@@ -139,7 +139,7 @@ def draw_dimensions(rng: np.random.Generator) -> Dimensions:
     return Dimensions(stature=stature, girth=girth, nose=(forward, up), **lengths)
 
 
-def mean_limb_lengths(
+def ordinary_limb_lengths(
     joint_names: Sequence[str] = HUMAN36M_JOINTS,
 ) -> tuple[tuple[tuple[int, int], ...], tuple[float, ...]]:
     """The limbs of the studio's ordinary body, of 1705 mm.
