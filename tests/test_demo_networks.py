@@ -60,7 +60,7 @@ def test_networks_are_trained_compared_and_drawn(
     # What the package would come with.
     for preset in METHODS.values():
         released = load_file(tmp_path / "weights" / f"{preset}.safetensors")
-        assert released["model.backbone.conv1.weight"].dtype == torch.float16
+        assert released["model.backbone.layer4.1.conv2.weight"].dtype == torch.int8
     # Started again, nothing is left to train.
     before = (tmp_path / "ransac" / "last.safetensors").read_bytes()
     assert main(arguments) == 0

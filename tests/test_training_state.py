@@ -93,6 +93,27 @@ def test_weights_alone_in_half_precision(tmp_path: Path) -> None:
         load_state(path, model, tiny())
 
 
+def test_weights_alone_in_8_bits(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(64, 24, 3), nn.BatchNorm2d(24))
+    with torch.no_grad():
+        model[0].weight *= torch.logspace(-3, 3, 24)[:, None, None, None]
+        model[0].weight[5] = 0
+    path = tmp_path / "small.safetensors"
+    write_model(path, model, tiny(), 5, dtype=torch.int8)
+    state_dict = model.state_dict()
+    weights, _ = read_model(path)
+    assert weights.keys() == state_dict.keys()
+    true, found = state_dict["0.weight"].flatten(1), weights["0.weight"].flatten(1)
+    largest = true.abs().amax(1, keepdim=True)
+    # Half a step of 127, in every channel, however small.
+    assert ((found - true).abs() <= largest * (0.501 / 127)).all()
+    assert (found != true).any()
+    assert torch.equal(weights["0.bias"], state_dict["0.bias"].half().float())
+    assert torch.equal(weights["1.running_var"], state_dict["1.running_var"])
+    write_model(tmp_path / "half.safetensors", model, tiny(), 5, dtype=torch.float16)
+    assert path.stat().st_size < 0.6 * (tmp_path / "half.safetensors").stat().st_size
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 

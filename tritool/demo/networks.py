@@ -189,7 +189,7 @@ def _config(name: str, folder: Path, seed: int, from_scratch: bool, steps: int |
 
 
 def _release(folder: Path, trained: dict[str, tuple[Config, Path]]) -> None:
-    """Writes the weights as they come with the package: in half precision."""
+    """Writes the weights as they come with the package: in 8 bits."""
     import torch
 
     from tritool.training.state import read_model, write_model
@@ -203,4 +203,4 @@ def _release(folder: Path, trained: dict[str, tuple[Config, Path]]) -> None:
             settings = replace(settings, algebraic_from=None)
         path = folder / f"{METHODS[name]}.safetensors"
         released = replace(config, model=settings)
-        write_model(path, tensors, released, info["step"], dtype=torch.float16)
+        write_model(path, tensors, released, info["step"], dtype=torch.int8)

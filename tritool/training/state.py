@@ -161,8 +161,10 @@ def write_model(
         model: The network, or its tensors by name.
         config: Of the run.
         step: After how many steps.
-        dtype: Of the stored weights, such as `torch.float16` for half the size; the statistics of
-            batch norm, and tensors that would overflow, stay as they are. None: all do.
+        dtype: Of the stored weights, such as `torch.float16` for half the size, or `torch.int8` for
+            a quarter: whole numbers with a scale for each output channel, and small tensors in
+            float16. The statistics of batch norm, and tensors that would overflow, stay as they
+            are. None: all do.
         notes: What else the header is to say, as JSON holds it.
 
     Raises:
@@ -173,10 +175,14 @@ def write_model(
     for name, tensor in own.items():
         stored = tensor
         if dtype is not None and tensor.is_floating_point() and not name.endswith(_STATISTICS):
-            smaller = tensor.to(dtype)
-            # As finite as before: nothing has overflowed.
-            if bool((smaller.isfinite() == tensor.isfinite()).all()):
-                stored = smaller
+            rounded = _rounded(tensor) if dtype == torch.int8 else None
+            if rounded is not None:
+                stored, tensors[f"scale.{name}"] = rounded
+            else:
+                smaller = tensor.to(torch.float16 if dtype == torch.int8 else dtype)
+                # As finite as before: nothing has overflowed.
+                if bool((smaller.isfinite() == tensor.isfinite()).all()):
+                    stored = smaller
         tensors[f"model.{name}"] = stored
     _write(Path(path), tensors, config, step, {"notes": dict(notes or {})})
 
@@ -191,7 +197,7 @@ def read_model(
         kind: The kind of network that it must be of; None: any.
 
     Returns:
-        The tensors by name, float32 where they are stored in half precision, on the CPU; and the
+        The tensors by name, float32 where they are stored with fewer bits, on the CPU; and the
         header: `step`, `kind`, `config`, `version`.
 
     Raises:
@@ -202,8 +208,24 @@ def read_model(
     if kind is not None and info["kind"] != kind:
         raise CheckpointError(f"{path}: it is of kind {info['kind']}, not {kind}")
     weights = _below("ema.", tensors) or _below("model.", tensors)
+    scales = _below("scale.", tensors)
     half = (torch.float16, torch.bfloat16)
-    return {n: t.float() if t.dtype in half else t.clone() for n, t in weights.items()}, info
+    return {
+        name: tensor.float() * scales[name]
+        if name in scales
+        else (tensor.float() if tensor.dtype in half else tensor.clone())
+        for name, tensor in weights.items()
+    }, info
+
+
+def _rounded(weights: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Whole numbers of 8 bits and the scales of the channels; None if it is not worth it."""
+    if weights.ndim < 2 or weights.numel() < 1024 or not weights.isfinite().all():
+        return None
+    scale = weights.abs().amax(tuple(range(1, weights.ndim)), keepdim=True).float() / 127
+    # Of a channel of zeros.
+    scale = torch.where(scale > 0, scale, 1)
+    return (weights / scale).round().to(torch.int8), scale
 
 
 # ---- Files ----
