@@ -2,7 +2,7 @@
 # Needs make, a C++ compiler and python3 (3.11 or newer) with venv; everything else goes into .venv.
 #
 #   make            environment, build, self-check
-#   make demo       triangulate a synthetic scene, draw it to demo/
+#   make demo       triangulate a synthetic scene, train and compare small networks, draw all to demo/
 #   make test       all tests (make test ARGS="-k triangulate" for some)
 #   make sanitize   the native code under ASan + UBSan and TSan
 #   make cuda-check compile the CUDA kernels for all architectures, report registers and memory accesses, fail on float spills (no GPU needed)
@@ -50,6 +50,7 @@ all: .venv/tritool
 
 demo: .venv/tritool
 	$(BIN)/tritool demo -o demo
+	$(BIN)/tritool demo --networks -o demo/networks
 
 # The NumPy bridge to the kernels (CPU variants and emulated CUDA), and the executables that ctest runs.
 native: .venv/environment

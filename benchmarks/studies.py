@@ -54,7 +54,13 @@ class Arm:
 
 
 _LABELS_ONLY = ("loss.alpha=0", "loss.psi=0", "loss.bending=0", "loss.bending_steps=0")
-START = Arm("start", _LABELS_ONLY, start=False, steps=1200)
+# Views would be passed through the network for nothing.
+START = Arm(
+    "start",
+    (*_LABELS_ONLY, "data.images=31", "training.batch_size=32"),
+    start=False,
+    steps=2500,
+)
 _WEAK = Arm("labels, views, limbs (weak supervision)")
 
 STUDIES: dict[str, tuple[Arm, ...]] = {
@@ -268,8 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write(options.output or default_output(result, quick=False), result)
     networks = options.study == "networks"
     text = table(rows, NETWORK_MEASURES if networks else MEASURES)
-    page = ROOT / "docs" / ("training.md" if networks else "weak_supervision.md")
-    insert(options.docs or page, options.study, text)
+    pages = ["README.md", "docs/training.md"] if networks else ["docs/weak_supervision.md"]
+    for page in [options.docs] if options.docs else [ROOT / page for page in pages]:
+        insert(page, options.study, text)
     print(text)
     return 0
 
