@@ -19,7 +19,7 @@ from training_runs import STUDIO, tiny
 
 from tritool.cli import main
 from tritool.models import intrinsics_fallback
-from tritool.plot.images import plot_image_pose
+from tritool.plot.images import plot_image_pose, plot_poses
 from tritool.skeletons import HUMAN36M_JOINTS
 from tritool.training import predict_images
 from tritool.training.config import Config
@@ -658,3 +658,18 @@ def test_pictures_of_what_does_not_fit(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             plot_image_pose(path, *arguments, HUMAN36M_JOINTS)
     assert not path.exists()
+
+
+def test_poses_of_several_methods(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 255, (2, 32, 64, 3), dtype=np.uint8)
+    flat = generator.uniform(0, 30, (2, 17, 2))
+    pose = generator.normal(0, 400, (2, 17, 3))
+    pose[0, 3] = np.nan  # a joint that was not found
+    path = tmp_path / "poses.png"
+    plot_poses(path, list(images), flat, {"one": pose, "none": pose * np.nan}, HUMAN36M_JOINTS)
+    assert path.stat().st_size > 10_000
+    with pytest.raises(ValueError, match=r"poses\['one'\] must be \[2, 17, 3\], got \(2, 16, 3\)"):
+        plot_poses(path, list(images), flat, {"one": pose[:, 1:]}, HUMAN36M_JOINTS)
+    with pytest.raises(ValueError, match="must not be empty, got 2 and 0"):
+        plot_poses(path, list(images), flat, {}, HUMAN36M_JOINTS)
