@@ -119,7 +119,7 @@ def train_and_measure(arm: Arm, seed: int, runs: Path, extra: Sequence[str]) -> 
     settings = [
         *arm.settings, f"training.steps={arm.steps}", "loss.pretrain_steps=0",
         f"training.seed={seed}", "training.tensorboard=false", "training.validate_every=1000",
-        *extra,
+        f"training.learning_rate={2e-3 if arm is START else 1e-3}", *extra,
     ]  # fmt: skip
     started = _folder(START, seed, runs) / "best.safetensors"
     if arm.start:

@@ -16,6 +16,7 @@ from torch.autograd import gradcheck
 from weak_scenes import HUMAN36M_JOINTS, PAIR, at
 
 from tritool.losses import (
+    limb_depth_bound,
     limb_length_loss,
     mean_limb_lengths,
     multi_view_consistency,
@@ -412,3 +413,47 @@ def test_no_limb_to_measure(why: str) -> None:
 def test_limbs_that_do_not_fit(lengths: Any, pairs: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         limb_length_loss(torch.zeros(17, 3), lengths, pairs)
+
+
+# ---- The bound of depths along limbs ----
+
+
+@given(seeds)
+def test_depth_bound_against_loops(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    depths = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    depths[0, 1, 2] = torch.nan
+    sure = torch.rand(2, 3, 5, generator=generator, dtype=torch.float64)
+    limbs, lengths = ((0, 1), (1, 2), (4, 2)), (0.5, 0.8, 1.2)
+    total = weight = 0.0
+    for b in range(2):
+        for c in range(3):
+            for (i, j), length in zip(limbs, lengths, strict=True):
+                difference = abs(float(depths[b, c, i] - depths[b, c, j]))
+                if difference == difference:
+                    w = float(sure[b, c, i] * sure[b, c, j])
+                    total += w * max(difference - 1.1 * length, 0) ** 2
+                    weight += w
+    found = limb_depth_bound(depths, lengths, limbs, sure)
+    assert found.item() == pytest.approx(total / weight)
+
+
+def test_depth_bound_leads_back_and_leaves_possible_depths_alone() -> None:
+    limbs, lengths = ((0, 1),), (1.0,)
+    possible = torch.tensor([0.0, 1.09], requires_grad=True)
+    limb_depth_bound(possible, lengths, limbs).backward()
+    assert possible.grad is not None
+    assert (possible.grad == 0).all()
+    wrong = torch.tensor([0.0, 3.0], requires_grad=True)
+    limb_depth_bound(wrong, lengths, limbs).backward()
+    assert wrong.grad is not None
+    assert wrong.grad[0] < 0 < wrong.grad[1]
+    double = torch.tensor([[0.1, 3.0], [-2.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda depths: limb_depth_bound(depths, lengths, limbs), double)
+    assert limb_depth_bound(wrong, lengths, limbs, slack=3.0) == 0
+    assert limb_depth_bound(wrong[None], lengths, limbs, valid=torch.tensor([False])) == 0
+    assert limb_depth_bound(wrong, lengths, limbs, torch.tensor([1.0, -1.0])).isnan()
+    with pytest.raises(ValueError, match=r"slack must be a finite number of at least 1, got 0\.5"):
+        limb_depth_bound(wrong, lengths, limbs, slack=0.5)
+    with pytest.raises(ValueError, match="relative_depth must be"):
+        limb_depth_bound(torch.tensor(1.0), lengths, limbs)

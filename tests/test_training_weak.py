@@ -158,7 +158,11 @@ def test_neither_extrinsics_nor_3d_labels_are_read() -> None:
 
 def test_the_terms_are_those_of_the_losses() -> None:
     settings: Any = {"heatmap_weight": 3.0, "alpha": 2.0, "psi": 4.0, "norm": "l2", "floor": 0.001}
+    settings["depth_bound"] = 6.0
     task, given = task_of(loss=settings, model={"inverse_temperature": 7.0}), batch("none")
+    with torch.no_grad():
+        # Depths that some limbs are too short for.
+        backbone_of(task).final_layer.weight[17:] *= 20
     _, terms = loss_of(task, given)
     images = normalize_images(given.images)
     with torch.no_grad():
@@ -180,6 +184,11 @@ def test_the_terms_are_those_of_the_losses() -> None:
         "limbs": 4
         * losses.limb_length_loss(
             output.pose[several], [length / unit for length in lengths], limbs, phi, valid=valid
+        ),
+        # Of poses that are not valid, too; and as sure of every joint.
+        "depth_bound": 6
+        * losses.limb_depth_bound(
+            output.relative_depth[several], [length / unit for length in lengths], limbs
         ),
     }
     assert terms.keys() == expected.keys()
@@ -259,7 +268,7 @@ def test_phases() -> None:
     task = task_of(
         loss={
             "pretrain_steps": 2, "bending_steps": 3, "bending": 2.0, "bending_margin": 3.0,
-            "alpha": 7.0, "psi": 5.0,
+            "alpha": 7.0, "psi": 5.0, "depth_bound": 0.0,
         }
     )  # fmt: skip
     found = [loss_of(task, batch(), step) for step in range(7)]
@@ -659,7 +668,8 @@ def test_a_run_without_3d_labels(tmp_path: Path) -> None:
         [True, True, True, False],
     ]
     for line in curve:
-        assert line["loss"] == pytest.approx(sum(line[name] for name in terms))
+        assert line["loss"] == pytest.approx(sum(line[name] for name in (*terms, "depth_bound")))
+        assert (line["depth_bound"] > 0) == (line["step"] > 1)
     assert told["validation"] == result.validation
     assert {"n_mpjpe", "pa_mpjpe", "reversed", "wrong_knees"} < told["validation"].keys()
     assert told["validation"]["poses"] == 4

@@ -4,6 +4,7 @@
 from tritool.losses.heatmaps import heatmap_cross_entropy, heatmap_mse
 from tritool.losses.joints import l1, l2, mse, soft_mse
 from tritool.losses.multi_view import (
+    limb_depth_bound,
     limb_length_loss,
     mean_limb_lengths,
     multi_view_consistency,
@@ -31,6 +32,7 @@ __all__ = [
     "heatmap_mse",
     "l1",
     "l2",
+    "limb_depth_bound",
     "limb_length_loss",
     "mean_limb_lengths",
     "mse",

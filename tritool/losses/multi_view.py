@@ -18,6 +18,7 @@ from tritool.ops._limbs import checked_lengths, checked_limbs, take
 from tritool.skeletons import HUMAN36M_JOINTS
 
 __all__ = [
+    "limb_depth_bound",
     "limb_length_loss",
     "mean_limb_lengths",
     "multi_view_consistency",
@@ -185,6 +186,63 @@ def limb_length_loss(
     lengths, weight = _lengths(poses, ends), _product(weights, ends)
     square = torch.where(weight != 0, (lengths - mean).square(), 0)
     return torch.where(wrong.any(), torch.nan, weighted_mean(square, weight))
+
+
+def limb_depth_bound(
+    relative_depth: Tensor,
+    mean_lengths: Sequence[float] | Tensor,
+    limbs: Sequence[tuple[int, int]],
+    confidences: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    slack: float = 1.1,
+) -> Tensor:
+    """How far depths differ along limbs by more than the limbs are long.
+
+    The depth of a pose whose torso is deeper than long cannot be reconstructed, so that losses of
+    poses leave it out: a network can rid itself of them by making depths impossible, and nothing
+    would lead back. This does. It is no part of the paper.
+
+    Args:
+        relative_depth: `[..., J]`, any unit. A limb with a joint that is not finite does not count.
+        mean_lengths: As for `limb_length_loss`, in the unit of `relative_depth`.
+        limbs: L pairs of joints, at least one.
+        confidences: As for `limb_length_loss`.
+        valid: `[...]`, or what broadcasts to it; 0 or False leaves a pose out.
+        slack: What the mean lengths are multiplied by, for long limbs; at least 1.
+
+    Returns:
+        `[]`, squared unit of `relative_depth`: the mean of `max(|z_a - z_b| - slack length, 0)^2`
+        over the limbs that count, weighted by the products of confidences. 0, with zero gradient,
+        if none does; NaN, with zero gradient, if the confidence of a joint that is there is
+        negative or not finite.
+
+    Raises:
+        TypeError: An argument is not a tensor of the right kind.
+        ValueError: Shapes or devices do not fit, a length is not above 0, or `slack` is below 1.
+
+    Example:
+        >>> limb_depth_bound(torch.tensor([0.0, 0.5, 2.1]), (1.0, 1.0), ((0, 1), (0, 2)))
+        tensor(0.5000)
+    """
+    if not (slack >= 1 and math.isfinite(slack)):
+        raise ValueError(f"slack must be a finite number of at least 1, got {slack}")
+    _check.tensors({"relative_depth": relative_depth})
+    _check.trailing("relative_depth", relative_depth, "[..., J]", (None,))
+    # Along one axis a depth is a pose.
+    poses = torch.nn.functional.pad(relative_depth[..., None], (0, 2))
+    poses, confidences, present, wrong = _checked(poses, confidences, "[..., J, 3]", (None, 3))
+    first, second = checked_limbs("limbs", limbs, poses.shape[-2])
+    mean = checked_lengths("mean_lengths", mean_lengths, len(limbs), poses)
+    if valid is not None:
+        present = present & _checked_mask(valid, "[...]", poses.shape[:-2], poses)[..., None]
+        wrong = wrong & present
+    weights = torch.where(present & ~wrong, confidences, 0)
+    depths = torch.where(weights != 0, poses[..., 0], 0)
+    difference = (take(depths, first, -1) - take(depths, second, -1)).abs()
+    weight = _product(weights, (first, second))
+    excess = torch.where(weight != 0, (difference - slack * mean).clamp(min=0), 0)
+    return torch.where(wrong.any(), torch.nan, weighted_mean(excess.square(), weight))
 
 
 def mean_limb_lengths(

@@ -206,7 +206,11 @@ def plot_poses(
                     axes.set_xlim(middle[0] - half * wide, middle[0] + half * wide)
                     axes.set_ylim(middle[1] - half * high, middle[1] + half * high)
                 if row == 0:
-                    title(axes, label if which == 0 else "", ("from the front", "from the side")[which])
+                    title(
+                        axes,
+                        label if which == 0 else "",
+                        ("from the front", "from the side")[which],
+                    )
     save_figure(path, figure)
 
 

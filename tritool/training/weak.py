@@ -139,6 +139,7 @@ class WeakTask(Task):
             floor=settings.floor,
             **self._factors(),
         )
+        lengths = self.millimetres.to(poses) / self.unit
         cells = heatmap_cells(labels, batch.images.shape[-2:], output.heatmaps.shape[-2:])
         heatmaps = output.heatmaps
         if settings.heatmap_loss == "cross_entropy" and isinstance(
@@ -155,7 +156,7 @@ class WeakTask(Task):
             poses=poses,
             confidences=confidences,
             valid=sound,
-            mean_lengths=self.millimetres.to(poses) / self.unit,
+            mean_lengths=lengths,
             limbs=self.limbs,
         )
         # A network that has broken down has no pose that counts: the loss would be 0.
@@ -165,6 +166,16 @@ class WeakTask(Task):
             "consistency": weights.alpha * found.consistency,
             "limbs": weights.psi * found.limb_lengths,
         }
+        if settings.depth_bound and (settings.alpha or settings.psi):
+            bound = losses.limb_depth_bound(
+                _scattered(output.relative_depth, seen)[several],
+                lengths,
+                self.limbs,
+                # However unsure: it is to hold of every pose.
+                valid=seen[several],
+            )
+            begun = self._step >= settings.pretrain_steps
+            terms["depth_bound"] = (settings.depth_bound if begun else 0.0) * bound
         if settings.bending:
             terms["bending"] = weights.bending * found.bending
         if settings.depth:

@@ -97,6 +97,9 @@ class WeakSupervision:
         heatmap_sigma: Standard deviation of the Gaussians, cells of the heat map.
         alpha: Factor of the agreement of views.
         psi: Factor of the limb lengths.
+        depth_bound: Factor of `tritool.losses.limb_depth_bound`, in the steps in which views or
+            limbs count; no part of the paper. 0: depths that are impossible leave the other losses
+            for good.
         norm: As for `tritool.losses.multi_view_consistency`.
         through_transform: As for `tritool.losses.multi_view_consistency`.
         min_joints: As for `tritool.losses.multi_view_consistency`.
@@ -114,6 +117,7 @@ class WeakSupervision:
     heatmap_sigma: float = 2.0
     alpha: float = 10.0
     psi: float = 5.0
+    depth_bound: float = 10.0
     norm: Literal["l1", "l2"] = "l1"
     through_transform: bool = False
     min_joints: int = 4
@@ -126,7 +130,8 @@ class WeakSupervision:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        at_least(self, 0, "heatmap_weight", "alpha", "psi", "depth", "bending", "floor")
+        at_least(self, 0, "heatmap_weight", "alpha", "psi", "depth", "depth_bound", "bending")
+        at_least(self, 0, "floor")
         at_least(self, 0, "pretrain_steps", "bending_steps")
         at_least(self, 3, "min_joints")
         above(self, 0, "heatmap_sigma")
