@@ -187,8 +187,16 @@ def test_the_terms_are_those_of_the_losses() -> None:
         ),
         # Of poses that are not valid, too; and as sure of every joint.
         "depth_bound": 6
-        * losses.limb_depth_bound(
-            output.relative_depth[several], [length / unit for length in lengths], limbs
+        * (
+            losses.limb_depth_bound(
+                output.relative_depth[several], [length / unit for length in lengths], limbs
+            )
+            + losses.limb_depth_bound(
+                output.relative_depth[several],
+                [0.95 * (1 - task.config.model.min_ratio) ** 0.5],
+                [(NECK, PELVIS)],
+                slack=1.0,
+            )
         ),
     }
     assert terms.keys() == expected.keys()

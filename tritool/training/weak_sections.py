@@ -97,9 +97,9 @@ class WeakSupervision:
         heatmap_sigma: Standard deviation of the Gaussians, cells of the heat map.
         alpha: Factor of the agreement of views.
         psi: Factor of the limb lengths.
-        depth_bound: Factor of `tritool.losses.limb_depth_bound`, in the steps in which views or
-            limbs count; no part of the paper. 0: depths that are impossible leave the other losses
-            for good.
+        depth_bound: Factor of `tritool.losses.limb_depth_bound`, of all limbs and once more of the
+            pair, in the steps in which views or limbs count; no part of the paper. 0: depths that
+            are impossible leave the other losses for good.
         norm: As for `tritool.losses.multi_view_consistency`.
         through_transform: As for `tritool.losses.multi_view_consistency`.
         min_joints: As for `tritool.losses.multi_view_consistency`.
