@@ -158,7 +158,7 @@ def test_neither_extrinsics_nor_3d_labels_are_read() -> None:
 
 def test_the_terms_are_those_of_the_losses() -> None:
     settings: Any = {"heatmap_weight": 3.0, "alpha": 2.0, "psi": 4.0, "norm": "l2", "floor": 0.001}
-    settings["depth_bound"] = 6.0
+    settings |= {"depth_bound": 6.0, "pair_depth": 0.2}
     task, given = task_of(loss=settings, model={"inverse_temperature": 7.0}), batch("none")
     with torch.no_grad():
         # Depths that some limbs are too short for.
@@ -193,7 +193,7 @@ def test_the_terms_are_those_of_the_losses() -> None:
             )
             + losses.limb_depth_bound(
                 output.relative_depth[several],
-                [0.95 * (1 - task.config.model.min_ratio) ** 0.5],
+                [0.2],
                 [(NECK, PELVIS)],
                 slack=1.0,
             )

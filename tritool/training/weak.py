@@ -8,7 +8,6 @@ and in full supervision, which is there to compare with.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -170,10 +169,12 @@ class WeakTask(Task):
         if settings.depth_bound and (settings.alpha or settings.psi):
             depths = _scattered(output.relative_depth, seen)[several]
             bound = losses.limb_depth_bound(depths, lengths, self.limbs, valid=seen[several])
-            # The pair has its length in every pose; beyond this one it leaves the other losses.
-            steepest = 0.95 * math.sqrt(1 - self.config.model.min_ratio)
             bound = bound + losses.limb_depth_bound(
-                depths, (steepest,), (self.config.model.pair,), valid=seen[several], slack=1.0
+                depths,
+                (settings.pair_depth,),
+                (self.config.model.pair,),
+                valid=seen[several],
+                slack=1.0,
             )
             begun = self._step >= settings.pretrain_steps
             terms["depth_bound"] = (settings.depth_bound if begun else 0.0) * bound

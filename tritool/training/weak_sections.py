@@ -100,6 +100,9 @@ class WeakSupervision:
         depth_bound: Factor of `tritool.losses.limb_depth_bound`, of all limbs and once more of the
             pair, in the steps in which views or limbs count; no part of the paper. 0: depths that
             are impossible leave the other losses for good.
+        pair_depth: How much depth the pair may span there, as a part of its length. The more of it
+            points at the camera, the smaller the rest of the pose, and the smaller every error of
+            agreement: a way to please the views that leads nowhere.
         norm: As for `tritool.losses.multi_view_consistency`.
         through_transform: As for `tritool.losses.multi_view_consistency`.
         min_joints: As for `tritool.losses.multi_view_consistency`.
@@ -118,6 +121,7 @@ class WeakSupervision:
     alpha: float = 10.0
     psi: float = 5.0
     depth_bound: float = 10.0
+    pair_depth: float = 0.9
     norm: Literal["l1", "l2"] = "l1"
     through_transform: bool = False
     min_joints: int = 4
@@ -134,7 +138,9 @@ class WeakSupervision:
         at_least(self, 0, "floor")
         at_least(self, 0, "pretrain_steps", "bending_steps")
         at_least(self, 3, "min_joints")
-        above(self, 0, "heatmap_sigma")
+        above(self, 0, "heatmap_sigma", "pair_depth")
+        if self.pair_depth > 1:
+            raise ValueError(f"pair_depth must be at most 1, got {self.pair_depth}")
         if not any((self.heatmap_weight, self.alpha, self.psi, self.depth)):
             raise ValueError(
                 "heatmap_weight, alpha, psi and depth cannot all be 0: nothing would be learned"
