@@ -444,3 +444,21 @@ def test_the_page_has_the_tables_of_the_study() -> None:
         assert [line.split("|")[1] for line in body.splitlines()] == [
             line.split("|")[1] for line in lines
         ]
+
+
+def test_held_joints_have_no_gradient_from_the_pose() -> None:
+    torch.manual_seed(0)
+    network = WeaklySupervisedPose(17, 18, width=4, deconv_channels=8).eval()
+    images = torch.randn(2, 3, 32, 64)
+    K = torch.tensor([[60.0, 0, 32], [0, 60, 16], [0, 0, 1]])
+    free, held = network(images, K), network(images, K, hold_2d=True)
+    for name in ("keypoints_2d", "relative_depth", "pose", "heatmaps"):
+        assert torch.equal(getattr(free, name), getattr(held, name))
+    final = network.backbone.final_layer.weight
+    for output, moves in ((free, True), (held, False)):
+        (grad,) = torch.autograd.grad(output.relative_depth.square().sum(), final)
+        assert bool(grad[:17].any()) == moves
+        assert grad[17:].any()
+    assert not held.keypoints_2d.requires_grad
+    (grad,) = torch.autograd.grad(held.heatmaps.square().sum(), final)
+    assert grad[:17].any()

@@ -164,7 +164,12 @@ class WeaklySupervisedPose(nn.Module):
         self._reconstructed(torch.zeros(0, num_joints, 2), torch.zeros(0, num_joints), torch.eye(3))
 
     def forward(
-        self, images: Tensor, intrinsics: Tensor, *, views: Tensor | None = None
+        self,
+        images: Tensor,
+        intrinsics: Tensor,
+        *,
+        views: Tensor | None = None,
+        hold_2d: bool = False,
     ) -> WeakOutput:
         """The pose in every image; no image knows of another.
 
@@ -177,6 +182,8 @@ class WeaklySupervisedPose(nn.Module):
                 `augmented_intrinsics`). The batch broadcasts to that of the images.
             views: `[...]`, boolean; False: the view is absent, and neither its image nor its
                 intrinsics are looked at. (In training, batch norm sees a blank image there.)
+            hold_2d: No gradient from joints, depths and pose to the heat maps: what is asked of a
+                pose then moves depths alone. `heatmaps` itself has its gradient.
 
         Returns:
             The poses, and what they were made of. Everything is float32 or float64, under autocast
@@ -196,6 +203,8 @@ class WeaklySupervisedPose(nn.Module):
         logits = heatmaps
         if self.log_temperature_factor is not None:
             logits = heatmaps * self.log_temperature_factor.exp()[:, None, None]
+        if hold_2d:
+            logits = logits.detach()
         read = soft_argmax25d(logits, depth_maps, inverse_temperature=self.inverse_temperature)
         cells, depths = read[..., :2], read[..., 2]
         if self.confidence == "peak":

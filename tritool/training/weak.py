@@ -121,7 +121,8 @@ class WeakTask(Task):
         settings = self.config.loss
         # Only the images there are: samples of one view are padded to as many as the others have.
         seen = batch.views
-        output = self._network(images[seen], batch.intrinsics[seen])
+        held = self._step < settings.pretrain_steps + settings.hold_2d_steps
+        output = self._network(images[seen], batch.intrinsics[seen], hold_2d=held)
         labels, known = self._labels(batch, images, generator)
         several = seen.sum(1) > 1
         poses = _scattered(output.pose, seen)[several]
@@ -178,6 +179,11 @@ class WeakTask(Task):
             )
             begun = self._step >= settings.pretrain_steps
             terms["depth_bound"] = (settings.depth_bound if begun else 0.0) * bound
+        if settings.mean_depth:
+            begun = self._step >= settings.pretrain_steps
+            terms["mean_depth"] = (settings.mean_depth if begun else 0.0) * (
+                output.relative_depth.mean(0).square().mean()
+            )
         if settings.bending:
             terms["bending"] = weights.bending * found.bending
         if settings.depth:
@@ -313,8 +319,8 @@ class WeakTask(Task):
             result[name] = (torch.where(known, value, 0) * poses, known * poses)
         return result
 
-    def _network(self, images: Tensor, intrinsics: Tensor) -> WeakOutput:
-        output: WeakOutput = self.model(images, intrinsics)
+    def _network(self, images: Tensor, intrinsics: Tensor, *, hold_2d: bool = False) -> WeakOutput:
+        output: WeakOutput = self.model(images, intrinsics, hold_2d=hold_2d)
         return output
 
     def images(self, images: Tensor) -> Tensor:

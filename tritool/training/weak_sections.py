@@ -103,6 +103,10 @@ class WeakSupervision:
         pair_depth: How much depth the pair may span there, as a part of its length. The more of it
             points at the camera, the smaller the rest of the pose, and the smaller every error of
             agreement: a way to please the views that leads nowhere.
+        mean_depth: Factor of the squared mean of each joint's relative depth over the images of a
+            batch, in the same steps; no part of the paper. Seen from all sides, depths average out:
+            this keeps a network from giving all images the same depths, which limbs and even views
+            reward at first. 0 where the cameras do not surround people.
         norm: As for `tritool.losses.multi_view_consistency`.
         through_transform: As for `tritool.losses.multi_view_consistency`.
         min_joints: As for `tritool.losses.multi_view_consistency`.
@@ -110,6 +114,8 @@ class WeakSupervision:
         depth: Factor of the absolute error of relative depths, where the data have 3D labels: full
             supervision, for comparison.
         pretrain_steps: Steps before anything but heat maps counts.
+        hold_2d_steps: Steps after those in which views and limbs move depths alone, not the 2D
+            joints: while depths are flat, moving joints is the easier way to agree.
         bending: Factor of the bending prior, which is no part of the paper.
         bending_margin: As for `tritool.losses.bending_prior`.
         bending_steps: Steps with it.
@@ -122,21 +128,24 @@ class WeakSupervision:
     psi: float = 5.0
     depth_bound: float = 10.0
     pair_depth: float = 0.9
+    mean_depth: float = 0.0
     norm: Literal["l1", "l2"] = "l1"
     through_transform: bool = False
     min_joints: int = 4
     floor: float = 0.01
     depth: float = 0.0
     pretrain_steps: int = 0
+    hold_2d_steps: int = 0
     bending: float = 0.0
     bending_margin: float = 0.3
     bending_steps: int = 0
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        at_least(self, 0, "heatmap_weight", "alpha", "psi", "depth", "depth_bound", "bending")
+        at_least(self, 0, "heatmap_weight", "alpha", "psi", "depth", "depth_bound")
+        at_least(self, 0, "mean_depth", "bending")
         at_least(self, 0, "floor")
-        at_least(self, 0, "pretrain_steps", "bending_steps")
+        at_least(self, 0, "pretrain_steps", "hold_2d_steps", "bending_steps")
         at_least(self, 3, "min_joints")
         above(self, 0, "heatmap_sigma", "pair_depth")
         if self.pair_depth > 1:
