@@ -8,7 +8,7 @@
 
 `--jobs` runs at a time, with one thread each; what is done already, in `--runs`, is not done again.
 Writes benchmarks/results/<version>/study-<name>--<machine>--cpu.json, and the table between
-`<!-- study:<name> -->` and `<!-- study:end -->` in the documentation.
+`<!-- study:<name> -->` and `<!-- study:end -->` of the page where there are such marks.
 """
 
 from __future__ import annotations
@@ -187,13 +187,13 @@ def table(rows: Sequence[Json], headings: Mapping[str, str]) -> str:
 
 
 def insert(page: Path, name: str, text: str) -> None:
-    """Puts the text between the page's marks, which must be there."""
+    """Puts the text between the page's marks, if it has some."""
     old = page.read_text(encoding="utf-8")
     begin, end = f"<!-- study:{name} -->", "<!-- study:end -->"
     before, found, rest = old.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise SystemExit(f"studies: {page} must have {begin} and {end} after it")
+        return
     aside = page.with_name(f"{page.name}.part")
     aside.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
     aside.replace(page)
