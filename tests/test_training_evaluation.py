@@ -34,6 +34,7 @@ from tritool.training.measuring import (
 from tritool.training.sections import SyntheticData
 from tritool.training.state import write_model
 from tritool.training.tasks import build_task
+from tritool.training.weak_sections import MixtureData
 
 WIDTH, HEIGHT, JOINTS = 20, 28, len(HUMAN36M_JOINTS)
 PELVIS, WRIST = HUMAN36M_JOINTS.index("pelvis"), HUMAN36M_JOINTS.index("l_wrist")
@@ -373,6 +374,17 @@ def test_only_the_same_data_are_compared() -> None:
         compare(methods)
     with pytest.raises(ValueError, match="methods must be at least one"):
         compare({})
+    # What they were trained on does not matter, not even its kind.
+    part = make_config().data.validation
+    mixed = MixtureData(
+        labelled=replace(part, seed=5),
+        multi_view=replace(part, seed=6),
+        validation=part,
+    )
+    module._check_same_data({
+        "one": (make_config(), None),
+        "mixed": (replace(make_config(), data=mixed), None),
+    })  # fmt: skip
 
 
 # ---- Checkpoints, files, options ----

@@ -296,7 +296,7 @@ def _check_same_data(
     for name, (config, _) in methods.items():
         part = _validation(config)
         # What they were trained on may differ, in kind as well.
-        settings[name] = _flat(part.get("validation", part))
+        settings[name] = _flat({k: v for k, v in part.items() if k != "kind"} or part)
     first, *others = settings
     for name in others:
         for key in [*settings[first], *settings[name]]:
