@@ -243,10 +243,10 @@ def _draw_image(
     rims = np.array([SIDE_COLOURS[side(name)] for name in names])
     faces = [tint(rim, float(each)) for rim, each in zip(rims, strength, strict=True)]
     # A white ring first: the rim has the colour of the limbs that meet here.
-    dots = flat[found].T
-    axes.scatter(*dots, s=64 * part**2, c="white", linewidths=0, zorder=3, clip_on=False)
+    across, down = flat[found].T
+    axes.scatter(across, down, s=64 * part**2, c="white", linewidths=0, zorder=3, clip_on=False)
     axes.scatter(
-        *dots, s=34 * part**2, c=[faces[at] for at in np.flatnonzero(found)],
+        across, down, s=34 * part**2, c=[faces[at] for at in np.flatnonzero(found)],
         edgecolors=rims[found].tolist(), linewidths=1.2, zorder=4, clip_on=False,
     )  # fmt: skip
     # Joints beyond the border are shown, too.

@@ -187,8 +187,8 @@ class WeakTask(Task):
         if settings.bending:
             terms["bending"] = weights.bending * found.bending
         if settings.depth:
-            factor = settings.depth if self._step >= settings.pretrain_steps else 0.0
-            terms["depth"] = factor * self._depth_error(batch, output)
+            weight = settings.depth if self._step >= settings.pretrain_steps else 0.0
+            terms["depth"] = weight * self._depth_error(batch, output)
         return {name: torch.where(broken, torch.nan, term) for name, term in terms.items()}
 
     def _factors(self) -> dict[str, float]:
