@@ -295,6 +295,30 @@ def test_phases() -> None:
         assert bool(depths.grad[17:].any()) == moves
 
 
+def test_joints_are_held_for_the_steps_asked_for() -> None:
+    """While they are, views and limbs do not reach the heat maps."""
+    loss = {"heatmap_weight": 0.0, "pretrain_steps": 1, "hold_2d_steps": 2, "mean_depth": 2.0}
+    task = task_of(loss=loss)
+    final = backbone_of(task).final_layer.weight
+    for step, moves in ((1, False), (2, False), (3, True)):
+        gradients(task, loss_of(task, batch(), step)[0])
+        assert bool(final.grad[:17].any()) == moves
+        assert final.grad[17:].any()
+
+
+def test_the_mean_depth_over_images_counts() -> None:
+    task, given = task_of(loss={"pretrain_steps": 1, "mean_depth": 2.0}), batch()
+    assert loss_of(task, given, 0)[1]["mean_depth"] == 0
+    _, terms = loss_of(task, given, 1)
+    with torch.no_grad():
+        seen = given.views
+        output = task.model(normalize_images(given.images)[seen], given.intrinsics[seen])
+    depths = output.relative_depth.double().numpy()
+    expected = 2 * sum(float(depths[:, j].mean()) ** 2 for j in range(17)) / 17
+    assert terms["mean_depth"].item() == pytest.approx(expected, rel=1e-4)
+    assert expected > 0
+
+
 # ---- Views that there are not, poses that there are not ----
 
 
