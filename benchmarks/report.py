@@ -37,7 +37,12 @@ def load(folder: Path, version: str | None = None) -> list[Json]:
         raise SystemExit(f"report.py: no results of version {version or 'any'} in {folder}")
     chosen = folder / version if version else versions[-1]
     results = [json.loads(path.read_text()) for path in sorted(chosen.glob("*.json"))]
-    results = [result for result in results if result["suite"] != NETWORKS]
+    # Training steps have tables of their own; studies write theirs themselves.
+    results = [
+        result
+        for result in results
+        if result["suite"] != NETWORKS and not result["suite"].startswith("study-")
+    ]
 
     def order(result: Json) -> tuple[int, str, str]:
         suite = result["suite"]

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from tritool.training import load_config
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -31,6 +33,7 @@ triangulate_case = import_module("suites.triangulate").triangulate_case
 
 Json = dict[str, Any]
 networks = import_module("networks")
+studies = import_module("studies")
 COMMITTED = sorted((BENCHMARKS / "results").glob("*/ops*.json"))
 COMMITTED_NETWORKS = sorted((BENCHMARKS / "results").glob("*/networks--*.json"))
 
@@ -446,3 +449,35 @@ def test_both_geometries_of_a_network_give_the_same_loss(network: str) -> None:
         with networks.geometry(version):
             losses.append(float(step()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+# ---- studies ----
+
+
+def test_studies_are_summed_up_and_written_into_pages(tmp_path: Path) -> None:
+    made = {"one": {0: {"mm": 10.0}, 1: {"mm": 14.0}}, "other": {0: {"mm": 1.0}, 1: {"mm": 3.0}}}
+    rows = studies.summary(made)
+    assert rows[0]["mm"] == {"mean": 12.0, "least": 10.0, "greatest": 14.0}
+    text = studies.table(rows, {"mm": "error mm"})
+    assert text.splitlines()[2:] == [
+        "| one | 12.0 (10.0 to 14.0) |",
+        "| other | 2.0 (1.0 to 3.0) |",
+    ]
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- study:a -->\nold\n<!-- study:end -->\nafter\n")
+    studies.insert(page, "a", text)
+    assert page.read_text() == (f"before\n<!-- study:a -->\n{text}\n<!-- study:end -->\nafter\n")
+    studies.insert(page, "b", "not there")
+    assert "not there" not in page.read_text()
+
+
+def test_settings_of_all_studies_are_known() -> None:
+    for arms in studies.STUDIES.values():
+        for arm in (*arms, studies.START):
+            load_config("small-weak", overrides=arm.settings)
+
+
+def test_the_committed_study_is_in_the_readme() -> None:
+    (path,) = (BENCHMARKS / "results").glob("*/study-networks--*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert studies.table(rows, studies.NETWORK_MEASURES) in (ROOT / "README.md").read_text()
