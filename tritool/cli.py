@@ -183,13 +183,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--networks",
         action="store_true",
         help="instead train the three small networks that come with the package a little further "
-        "on generated people, and compare them: up to ten minutes on two cores; started again it "
-        "goes on where it was",
+        "on generated people, and compare them; started again it goes on where it was",
     )
     demo.add_argument(
         "--from-scratch",
         action="store_true",
-        help="with --networks, train them from the first weights on, in one and a half hours or so",
+        help="with --networks, train them from the first weights on, which takes hours",
     )
     demo.add_argument(
         "--seed",

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three networks of learnable triangulation, trained and compared on people nobody filmed.
 
-The weights that come with the package, each trained for half an hour or so, are trained a little
-further on new samples; or everything is trained from the first weights on, which is how those that
-come with the package were made. Then the networks are asked about people and poses that none of
+The weights that come with the package are trained a little further on new samples; or everything is
+trained from the first weights on. Then the networks are asked about people and poses that none of
 them has seen, with things and other people in the way.
 """
 
@@ -93,8 +92,8 @@ def run_networks(
     Args:
         folder: Where everything goes; made if need be.
         seed: Of what is drawn in training, and of the people that the networks are compared on.
-        from_scratch: Train from the first weights on, for the presets' numbers of steps: about one
-            and a half hours on two cores. The weights are also written as they come with the
+        from_scratch: Train from the first weights on, for the presets' numbers of steps, which
+            takes hours on two cores. The weights are also written as they come with the
             package, `weights/*.safetensors`. False: go on with those of the package.
         steps: Replaces the length of each training.
         samples: Compare on the first so many samples only.

@@ -96,7 +96,7 @@ def cores_left_to(workers: int) -> Iterator[None]:
     """Inside, PyTorch computes with fewer threads, so that each worker has a core.
 
     Threads that share a core wait for each other in every layer, which costs far more than the
-    thread that is given up: more than ten times on two cores.
+    thread that is given up.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, min(before, len(os.sched_getaffinity(0)) - workers)))

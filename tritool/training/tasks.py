@@ -43,6 +43,7 @@ __all__ = [
     "build_task",
     "heatmap_cells",
     "joints_that_count",
+    "trained_task",
     "weights_file",
 ]
 
@@ -432,7 +433,7 @@ class VolumetricTask(Task):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         # Where the centre comes from at test time, if not from the truth; read when first needed.
-        self._algebraic: AlgebraicTask | None = None
+        self._algebraic: Task | None = None
 
     def _build(self, settings: Any) -> nn.Module:
         return VolumetricTriangulation(
@@ -504,7 +505,7 @@ class VolumetricTask(Task):
         if source is None:
             return self._true_centers(batch)
         if self._algebraic is None:
-            self._algebraic = _algebraic_from(source, self.config)
+            self._algebraic = trained_task(source, self.config, "algebraic")
             self._algebraic.model.to(images.device)
         return self._mean_pelvis(self._algebraic.predict(batch).keypoints_3d)
 
@@ -540,16 +541,20 @@ def weights_file(source: str) -> Path:
     return path
 
 
-def _algebraic_from(path: str, config: Config) -> AlgebraicTask:
-    """What finds the centres, from its own checkpoint and the settings therein."""
+def trained_task(source: str, config: Config, kind: str) -> Task:
+    """A trained network beside that of a configuration, with the settings in its checkpoint.
+
+    Raises:
+        ValueError: The checkpoint is of another kind, or for another number of joints.
+    """
     from tritool.training.state import read_model
 
-    tensors, info = read_model(weights_file(path), kind="algebraic")
+    tensors, info = read_model(weights_file(source), kind=kind)
     settings = Config.from_dict(info["config"])
     if settings.model.num_joints != config.model.num_joints:
         raise ValueError(
-            f"{path}: it is for {settings.model.num_joints} joints, not {config.model.num_joints}"
+            f"{source}: it is for {settings.model.num_joints} joints, not {config.model.num_joints}"
         )
-    task = AlgebraicTask(settings)
+    task = build_task(settings)
     task.model.load_state_dict(tensors)
     return task

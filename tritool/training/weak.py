@@ -8,7 +8,7 @@ and in full supervision, which is there to compare with.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +32,7 @@ from tritool.training.tasks import (
     Task,
     Terms,
     heatmap_cells,
-    weights_file,
+    trained_task,
 )
 
 __all__ = ["ImagePoses", "WeakTask"]
@@ -123,7 +123,7 @@ class WeakTask(Task):
         seen = batch.views
         held = self._step < settings.pretrain_steps + settings.hold_2d_steps
         output = self._network(images[seen], batch.intrinsics[seen], hold_2d=held)
-        labels, known = self._labels(batch, images, generator)
+        labels, known = self._labels(batch, images)
         several = seen.sum(1) > 1
         poses = _scattered(output.pose, seen)[several]
         confidences = _scattered(output.confidences, seen, 0.0)[several]
@@ -201,9 +201,7 @@ class WeakTask(Task):
             return {"alpha": 0.0, "psi": settings.psi, "bending": settings.bending}
         return {"alpha": settings.alpha, "psi": settings.psi, "bending": 0.0}
 
-    def _labels(
-        self, batch: Batch, images: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
+    def _labels(self, batch: Batch, images: Tensor) -> tuple[Tensor, Tensor]:
         """2D joints `[N, J, 2]`, pixels, of the images there are, and their weights `[N, J]`."""
         seen = batch.views
         labels = batch.keypoints_2d[seen]
@@ -211,12 +209,15 @@ class WeakTask(Task):
         source = self.config.model.pseudo_from
         if source is None:
             return labels, known.to(labels.dtype)
-        chosen = self._chosen(batch, generator).to(seen.device) & (seen.sum(1) > 1)
+        chosen = self._chosen(batch).to(seen.device) & (seen.sum(1) > 1)
         rows = (chosen[:, None] & seen)[seen] & ~known.any(1)
         if rows.any():
             if self._teacher is None:
-                self._teacher = _network_from(source, self.config)
-                self._teacher.model.to(images.device)
+                # Never trained here: that it may have had a teacher itself does not matter.
+                teacher = trained_task(source, self.config, self.kind)
+                assert isinstance(teacher, WeakTask)
+                teacher.model.to(images.device).eval()
+                self._teacher = teacher
             with torch.no_grad():
                 own = self._teacher.images(batch.images[seen][rows])
                 taught = self._teacher.model(own, batch.intrinsics[seen][rows])
@@ -228,7 +229,7 @@ class WeakTask(Task):
             known[rows] = sure
         return labels, known.to(labels.dtype)
 
-    def _chosen(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+    def _chosen(self, batch: Batch) -> Tensor:
         """`[B]`: the samples that get pseudo-labels; the same in every epoch and run."""
         fraction = self.config.model.pseudo_fraction
         draws = [seed_of(0, MODEL, index) / 2**63 for index in batch.indices]
@@ -351,21 +352,3 @@ def _moved(joints: Tensor, motion: Tensor) -> Tensor:
     # Not a matmul: autocast and TF32 would round it.
     turned = (motion[..., None, :, :3] * joints[..., None, :]).sum(-1)
     return turned + motion[..., None, :, 3]
-
-
-def _network_from(source: str, config: Any) -> WeakTask:
-    """A trained network of this kind, with the settings that its checkpoint has."""
-    from tritool.training.config import Config
-    from tritool.training.state import read_model
-
-    tensors, info = read_model(weights_file(source), kind="weak")
-    settings = Config.from_dict(info["config"])
-    if settings.model.num_joints != config.model.num_joints:
-        raise ValueError(
-            f"{source}: it is for {settings.model.num_joints} joints, not {config.model.num_joints}"
-        )
-    # The teacher's own teacher is not needed.
-    task = WeakTask(replace(settings, model=replace(settings.model, pseudo_from=None)))
-    task.model.load_state_dict(tensors)
-    task.model.eval()
-    return task
