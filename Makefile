@@ -36,7 +36,7 @@ all: .venv/tritool
 .venv/environment: constraints.txt pyproject.toml | .venv/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  setuptools wheel torch numpy scipy tqdm matplotlib pillow accelerate safetensors pyyaml tensorboard \
-	  pytest hypothesis pybind11 ninja cmake
+	  pytest pytest-xdist hypothesis pybind11 ninja cmake
 	touch $@
 
 .venv/tools: .venv/environment
@@ -62,7 +62,7 @@ native: .venv/environment
 
 test: .venv/tritool native
 	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error -L native
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal $(ARGS)
 
 sanitize: native
 	$(BIN)/cmake --build build/native --target sanitized

@@ -74,6 +74,19 @@ def test_width_scales_every_channel() -> None:
         assert list(wide[name].shape) == expected, name
 
 
+def test_width_of_the_front() -> None:
+    with torch.device("meta"):
+        usual, wide = V2V(5, 3, width=8), V2V(5, 3, width=8, front_width=6)
+        odd = V2V(5, 3, width=3, front_width=4)
+        assert wide(torch.empty(2, 5, 32, 32, 32)).shape == (2, 3, 32, 32, 32)
+        assert odd(torch.empty(2, 5, 32, 32, 32)).shape == (2, 3, 32, 32, 32)
+    assert usual.front_layers[0].block[0].out_channels == 4
+    assert wide.front_layers[0].block[0].out_channels == 6
+    behind = {name for name in usual.state_dict() if not name.startswith("front_layers")}
+    for name in behind:
+        assert wide.state_dict()[name].shape == usual.state_dict()[name].shape, name
+
+
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
@@ -101,6 +114,14 @@ def test_volumes_must_be_floating_point() -> None:
         ({"in_channels": 1, "out_channels": 0}, "out_channels must be at least 1, got 0"),
         ({"in_channels": 1, "out_channels": 1, "width": 5}, "width must be even"),
         ({"in_channels": 1, "out_channels": 1, "width": 0}, "at least 2, got 0"),
+        (
+            {"in_channels": 1, "out_channels": 1, "width": 0, "front_width": 4},
+            "width must be at least 1, got 0",
+        ),
+        (
+            {"in_channels": 1, "out_channels": 1, "front_width": 0},
+            "front_width must be at least 1, got 0",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, int], words: str) -> None:

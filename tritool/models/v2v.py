@@ -27,11 +27,13 @@ class V2V(nn.Module):
         out_channels: Channels of those that come out, one for each joint, J.
         width: Channels at full resolution, 32 in the paper, an even number; all others grow and
             shrink with it.
+        front_width: Channels of the first convolution, half of `width` in the paper. All that is
+            in the volumes passes through them: a narrow network wants no fewer than 16.
         checkpointing: In training keep only the input of each block and compute the block again in
             the backward pass: much less memory, about a third more time, the same results.
 
     Raises:
-        ValueError: A number is too small, or `width` odd.
+        ValueError: A number is too small, or `width` odd without a `front_width`.
 
     Example:
         >>> network = V2V(4, 2, width=2).eval()
@@ -45,20 +47,25 @@ class V2V(nn.Module):
         out_channels: int,
         *,
         width: int = 32,
+        front_width: int | None = None,
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if width < 2 or width % 2:
+        if front_width is None and (width < 2 or width % 2):
             raise ValueError(f"width must be even and at least 2, got {width}")
+        front = width // 2 if front_width is None else front_width
+        for name, value in (("width", width), ("front_width", front)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.checkpointing = checkpointing
         self.front_layers = nn.Sequential(
-            _Convolution(in_channels, width // 2, 7),
-            _Residual(width // 2, width),
+            _Convolution(in_channels, front, 7),
+            _Residual(front, width),
             _Residual(width, width),
             _Residual(width, width),
         )

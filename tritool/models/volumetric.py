@@ -90,6 +90,8 @@ class VolumetricTriangulation(nn.Module):
             parameters or state dict: save it on its own.
         volume_channels: K, 32 in the paper.
         v2v_width: Channels of the 3D network at full resolution, 32 in the paper.
+        v2v_front_width: Channels of its first convolution; default: half of `v2v_width`, as in the
+            paper.
         vertical: Which direction of the world points up: `"x"`, `"y"`, `"z"`, `"-x"`, `"-y"`,
             `"-z"`. Human3.6M: `"z"`; CMU Panoptic, whose y points down: `"-y"`.
         pelvis: The joint of `algebraic` that is the centre, or several, for their mean. Default: 0,
@@ -133,6 +135,7 @@ class VolumetricTriangulation(nn.Module):
         algebraic: AlgebraicTriangulation | None = None,
         volume_channels: int = 32,
         v2v_width: int = 32,
+        v2v_front_width: int | None = None,
         vertical: str = "z",
         pelvis: int | Sequence[int] | None = None,
         random_rotation: bool = True,
@@ -182,7 +185,11 @@ class VolumetricTriangulation(nn.Module):
             nn.Conv2d(backbone.feature_channels, volume_channels, 1)
         )
         self.volume_net = V2V(
-            volume_channels, num_joints, width=v2v_width, checkpointing=checkpointing
+            volume_channels,
+            num_joints,
+            width=v2v_width,
+            front_width=v2v_front_width,
+            checkpointing=checkpointing,
         )
         _views.freeze(backbone.final_layer)
         _views.freeze(backbone.alg_confidences)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,8 @@ from tritool.ops import _check, soft_argmax25d
 from tritool.skeletons import HUMAN36M_JOINTS
 
 __all__ = ["WeakOutput", "WeaklySupervisedPose"]
+
+_INITIAL_DEPTH = 0.5  # standard deviation of the depth maps' weights, times the root of their number
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +139,7 @@ class WeaklySupervisedPose(nn.Module):
         pair = (names.index("neck"), names.index("pelvis")) if pair is None else pair
         if not 0 <= root < num_joints:
             raise ValueError(f"root must be a joint from 0 to {num_joints - 1}, got {root}")
+        own = backbone is None
         backbone = _views.made_backbone(
             backbone,
             depth,
@@ -158,6 +162,12 @@ class WeaklySupervisedPose(nn.Module):
             nn.Parameter(torch.zeros(num_joints)) if learnable_temperature else None
         )
         self.backbone = backbone
+        if own:
+            # At flat poses neither sign of the depths is better, so that views alone lead away from
+            # there very slowly: depths start at random, of about half a length.
+            weights = backbone.final_layer.weight[num_joints:]
+            with torch.no_grad():
+                nn.init.normal_(weights, std=_INITIAL_DEPTH / math.sqrt(weights[0].numel()))
         _views.freeze(backbone.alg_confidences)
         _views.freeze(backbone.vol_confidences)
         # No image at all: the guards are checked where they are used.

@@ -159,6 +159,7 @@ class VolumetricSettings(NetworkSettings):
         inverse_temperature: Of the soft-argmax in the volume; 1 in the paper.
         volume_channels: Channels that are unprojected, 32 in the paper.
         v2v_width: Channels of the 3D network, 32 in the paper.
+        v2v_front_width: Channels of its first convolution; none: half of `v2v_width`, as there.
         vertical: The world's axis that the volume is turned about in training.
         random_rotation: Turn it, by a random angle for each sample.
         outside: What a view that does not see a voxel gives: zeros (the paper), or nothing at all.
@@ -175,6 +176,7 @@ class VolumetricSettings(NetworkSettings):
     inverse_temperature: float = 1.0
     volume_channels: int = 32
     v2v_width: int = 32
+    v2v_front_width: int | None = None
     vertical: Literal["x", "y", "z", "-x", "-y", "-z"] = "z"
     random_rotation: bool = True
     outside: Literal["zeros", "exclude"] = "zeros"

@@ -444,6 +444,7 @@ class VolumetricTask(Task):
             inverse_temperature=settings.inverse_temperature,
             volume_channels=settings.volume_channels,
             v2v_width=settings.v2v_width,
+            v2v_front_width=settings.v2v_front_width,
             vertical=settings.vertical,
             pelvis=settings.pelvis,
             random_rotation=settings.random_rotation,
