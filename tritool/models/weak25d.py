@@ -18,7 +18,8 @@ from tritool.skeletons import HUMAN36M_JOINTS
 
 __all__ = ["WeakOutput", "WeaklySupervisedPose"]
 
-_INITIAL_DEPTH = 0.5  # standard deviation of the depth maps' weights, times the root of their number
+# Standard deviation of the depth maps' weights, times the root of their number.
+_INITIAL_DEPTH = 0.5
 
 
 @dataclass(frozen=True, eq=False)
