@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import one_error_line
 from test_recording import BAD_ARRAYS, BAD_FILES, generated, saved
 
 from tritool import cli
@@ -26,15 +27,6 @@ def recording(tmp_path: Path) -> Path:
     arrays = generated()
     arrays["kp2d"][1, 0, 1:, 2] = np.nan
     return saved(tmp_path / "in.npz", arrays)
-
-
-def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("tritool: error: ")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    return err
 
 
 # --- triangulate ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import one_error_line
 
 from tritool.cli import main
 from tritool.training import load_config, presets
@@ -51,15 +52,6 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(CONFIG)
     return path
-
-
-def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("tritool: error: ")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    return err
 
 
 # ---- train ----

@@ -7,6 +7,7 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 import shlex
 import subprocess
@@ -22,11 +23,13 @@ import torch
 import tritool
 from tritool import losses, metrics, ops
 from tritool.cli import build_parser
+from tritool.training import Config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TOOLS = [ROOT / "examples" / "unproject_images.py"]  # needs a recording with images
 EXAMPLES = sorted(set(ROOT.glob("examples/*.py")) - set(TOOLS))
+LONG = [ROOT / "examples" / "weak_supervision.py"]  # trains for ten minutes
 DOCTESTED = (
     "tritool.ops.project",
     "tritool.ops.rigid_align",
@@ -146,6 +149,21 @@ def test_example_own_cameras() -> None:
     assert errors[2:].max() < 2
 
 
+def test_example_weak_supervision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load_example("weak_supervision")
+
+    def few(source: str, *, overrides: list[str], steps: int) -> Config:
+        less = ["data.validation.length=3", "model.width=4", "training.batch_size=5"]
+        return load_config(source, overrides=[*overrides, *less], steps=steps)
+
+    monkeypatch.setattr(example, "load_config", few)
+    errors = example.main(tmp_path, steps=(2, 1), images=2)
+    assert all(math.isfinite(error) for error in errors)
+    assert (tmp_path / "before_and_after.png").stat().st_size > 10_000
+    settings = load_config(tmp_path / "and-unlabelled-views" / "config.yaml").model
+    assert settings.backbone_from == str(tmp_path / "2D-labels-alone" / "best.safetensors")
+
+
 def test_example_learn_weights() -> None:
     weights, equal, learned = load_example("learn_weights").main(steps=50)
     assert weights.argmin() == 2  # the noisy camera
@@ -153,7 +171,9 @@ def test_example_learn_weights() -> None:
     assert learned < 0.4 * equal
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in EXAMPLES if path not in LONG], ids=lambda path: path.stem
+)
 def test_example_runs_as_a_script(path: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=300

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import one_error_line
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -96,15 +97,6 @@ def matrix(intrinsics: Sequence[float]) -> torch.Tensor:
 def projected(points: torch.Tensor, K: torch.Tensor) -> torch.Tensor:
     homogeneous = points.double() @ K.double().mT
     return homogeneous[..., :2] / homogeneous[..., 2:]
-
-
-def one_error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("tritool: error: ")
-    assert err.endswith("\n")
-    assert err.count("\n") == 1
-    return err
 
 
 # ---- Crops ----
