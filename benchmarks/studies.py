@@ -50,10 +50,11 @@ class Arm:
     settings: tuple[str, ...] = ()
     start: bool = True
     taught: bool = False
-    steps: int = 1000
+    steps: int = 1600
 
 
-_LABELS_ONLY = ("loss.alpha=0", "loss.psi=0", "loss.bending=0", "loss.bending_steps=0")
+_NO_KNEES = ("loss.bending=0", "loss.bending_steps=0")
+_LABELS_ONLY = ("loss.alpha=0", "loss.psi=0", *_NO_KNEES)
 # Views would be passed through the network for nothing.
 START = Arm(
     "start",
@@ -67,14 +68,15 @@ STUDIES: dict[str, tuple[Arm, ...]] = {
     "ablation": (
         Arm(
             "views alone",
-            ("loss.heatmap_weight=0", "loss.psi=0", "loss.bending=0", "loss.bending_steps=0"),
+            ("loss.heatmap_weight=0", "loss.psi=0", "loss.hold_2d_steps=0", *_NO_KNEES),
             start=False,
         ),
-        Arm("2D labels alone: flat", _LABELS_ONLY),
+        Arm("2D labels alone, flat poses", (*_LABELS_ONLY, "model.reconstruction=flat")),
         Arm("labels, limbs", ("loss.alpha=0",)),
         Arm("labels, views", ("loss.psi=0",)),
         _WEAK,
-        Arm("the same without knees first", ("loss.bending=0", "loss.bending_steps=0")),
+        Arm("the same without knees first", _NO_KNEES),
+        Arm("the same, views move 2D joints too", ("loss.hold_2d_steps=0",)),
         Arm("full 3D supervision", (*_LABELS_ONLY, "data.labels=3d", "loss.depth=2")),
     ),
     "views": (
@@ -119,7 +121,7 @@ def train_and_measure(arm: Arm, seed: int, runs: Path, extra: Sequence[str]) -> 
     settings = [
         *arm.settings, f"training.steps={arm.steps}", "loss.pretrain_steps=0",
         f"training.seed={seed}", "training.tensorboard=false", "training.validate_every=1000",
-        f"training.learning_rate={2e-3 if arm is START else 1e-3}", *extra,
+        *extra,
     ]  # fmt: skip
     started = _folder(START, seed, runs) / "best.safetensors"
     if arm.start:

@@ -659,6 +659,26 @@ def test_poses_are_as_big_as_people(limb_lengths: str, reconstruction: str) -> N
     torch.testing.assert_close(size, torch.ones(3), rtol=1e-4, atol=0)
 
 
+def test_flat_poses_for_comparison() -> None:
+    given, _, _ = validation()
+    first = torch.tensor([0, 1, 0])
+    K, images = given.intrinsics[torch.arange(3), first], given.images[torch.arange(3), first]
+    found = {}
+    for reconstruction in ("flat", "median"):
+        task = task_of(model={"limb_lengths": "studio", "reconstruction": reconstruction})
+        with torch.no_grad():
+            found[reconstruction] = task.poses(normalize_images(images), K)
+    flat, usual = found["flat"], found["median"]
+    assert flat.valid.all()
+    depths = flat.pose[..., 2]
+    torch.testing.assert_close(depths, depths[:, :1].expand_as(depths), rtol=1e-5, atol=0)
+    assert (usual.pose[..., 2] - usual.pose[:, :1, 2]).abs().max() > 1
+    projected = flat.pose @ K.mT
+    torch.testing.assert_close(
+        projected[..., :2] / projected[..., 2:], usual.keypoints_2d, rtol=1e-4, atol=1e-2
+    )
+
+
 # ---- Runs ----
 
 

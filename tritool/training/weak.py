@@ -23,6 +23,7 @@ from tritool.models import (
     WeakOutput,
     absolute_scale,
     normalize_images,
+    reconstruct_pose,
     reconstruct_pose_median,
 )
 from tritool.training.sampling import MODEL, seed_of
@@ -257,17 +258,24 @@ class WeakTask(Task):
             images: `[N, 3, H, W]`, as the network takes them.
             intrinsics: `[N, 3, 3]`, of these images.
         """
+        settings = self.config.model
         output = self._network(images, intrinsics)
-        pose, valid = output.pose, output.valid
-        if self.config.model.reconstruction == "median":
+        pose, valid, depths = output.pose, output.valid, output.relative_depth
+        guards = {"min_ratio": settings.min_ratio, "depth_range": (1.0, 100.0)}
+        if settings.reconstruction == "flat":
+            depths = torch.zeros_like(depths)
+            flat = reconstruct_pose(
+                output.keypoints_2d, depths, intrinsics, pair=settings.pair, **guards
+            )
+            pose, valid = flat.pose, flat.valid
+        if settings.reconstruction != "pair":
             found = reconstruct_pose_median(
                 output.keypoints_2d,
-                output.relative_depth,
+                depths,
                 intrinsics,
                 limbs=self.limbs,
                 lengths=self.millimetres.to(pose) / self.unit,
-                min_ratio=self.config.model.min_ratio,
-                depth_range=(1.0, 100.0),
+                **guards,
             )
             pose = torch.where(found.valid[:, None, None], found.pose, pose)
             valid = valid | found.valid

@@ -38,7 +38,9 @@ class WeakSettings(NetworkSettings):
         limb_lengths: The mean lengths of limbs, the one thing known of 3D: published ones, or those
             of the studio's ordinary body.
         reconstruction: How the depth of the root is found at test time: from the median over all
-            limbs, or from the pair, as in training.
+            limbs, or from the pair, as in training. "flat": the same median, with 0 for all
+            relative depths, about their mean where cameras stand all around: what 2D joints alone
+            are worth, to compare with.
         pseudo_from: A checkpoint of this kind whose confident 2D joints stand in for the labels
             that samples of several views lack; none: nothing does.
         pseudo_threshold: The confidence that they need.
@@ -52,7 +54,7 @@ class WeakSettings(NetworkSettings):
     pair: tuple[int, int] = (8, 0)
     min_ratio: float = 0.01
     limb_lengths: Literal["published", "studio"] = "published"
-    reconstruction: Literal["median", "pair"] = "median"
+    reconstruction: Literal["median", "pair", "flat"] = "median"
     pseudo_from: str | None = None
     pseudo_threshold: float = 0.5
     pseudo_fraction: float = 1.0
