@@ -53,9 +53,11 @@ def test_networks_are_trained_compared_and_drawn(
     saved = json.loads((tmp_path / "networks.json").read_text())
     assert saved["comparison"] == result["comparison"]
     assert set(result["comparison"]["methods"]) == {*METHODS, "RANSAC, soft-argmax"}
-    # The others start from the 2D network, and the algebraic one finds the pelvis.
-    settings = load_config(tmp_path / "volumetric" / "config.yaml").model
+    # Each starts from the one before it, and the algebraic one finds the pelvis.
+    settings = load_config(tmp_path / "algebraic" / "config.yaml").model
     assert settings.backbone_from == str(tmp_path / "ransac" / "best.safetensors")
+    settings = load_config(tmp_path / "volumetric" / "config.yaml").model
+    assert settings.backbone_from == str(tmp_path / "algebraic" / "best.safetensors")
     assert settings.algebraic_from == str(tmp_path / "algebraic" / "best.safetensors")
     # What the package would come with.
     for preset in METHODS.values():

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TOOLS = [ROOT / "examples" / "unproject_images.py"]  # needs a recording with images
 EXAMPLES = sorted(set(ROOT.glob("examples/*.py")) - set(TOOLS))
-LONG = [ROOT / "examples" / "weak_supervision.py"]  # trains for ten minutes
+# They train: for ten minutes, and for half a one.
+LONG = [ROOT / "examples" / f"{name}.py" for name in ("weak_supervision", "train_in_pytorch")]
 DOCTESTED = (
     "tritool.ops.project",
     "tritool.ops.rigid_align",
@@ -56,6 +57,7 @@ DOCTESTED = (
     "tritool.models.v2v",
     "tritool.models.volumetric",
     "tritool.models.weak25d",
+    "tritool.training.tasks",
 )
 
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -162,6 +164,11 @@ def test_example_weak_supervision(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "before_and_after.png").stat().st_size > 10_000
     settings = load_config(tmp_path / "and-unlabelled-views" / "config.yaml").model
     assert settings.backbone_from == str(tmp_path / "2D-labels-alone" / "best.safetensors")
+
+
+def test_example_train_in_pytorch() -> None:
+    before, after = load_example("train_in_pytorch").main(steps=20, unseen=12)
+    assert after < 0.9 * before
 
 
 def test_example_learn_weights() -> None:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tritool import losses
 from tritool.data import Batch, collate
 from tritool.models import VolumetricTriangulation, normalize_images
+from tritool.training import load_network
 from tritool.training.config import Config
 from tritool.training.state import write_model
 from tritool.training.tasks import Task, build_task, joints_that_count
@@ -525,3 +526,28 @@ def test_a_centre_from_something_else(tmp_path: Path) -> None:
     task = task_of("volumetric", {"algebraic_from": str(path)})
     with pytest.raises(ValueError, match=r"ransac\.safetensors: it is of kind ransac"):
         task.predict(batch())
+
+
+@pytest.mark.parametrize("kind", sorted(NETWORKS))
+def test_a_trained_network_is_loaded_as_it_was(kind: str, tmp_path: Path) -> None:
+    # What it once started from need not be there any more.
+    settings = config(kind, {"backbone_from": "gone.safetensors"})
+    torch.manual_seed(3)
+    trained = build_task(settings).model
+    write_model(tmp_path / "best.safetensors", trained, settings, 7)
+    network = load_network(tmp_path / "best.safetensors")
+    assert type(network) is type(trained)
+    assert not network.training
+    assert network.state_dict().keys() == trained.state_dict().keys()
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+
+
+def test_no_trained_network(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such weights.*known are small-algebraic, small-r"):
+        load_network("tritool:small")
+    (tmp_path / "text.safetensors").write_text("nothing")
+    with pytest.raises(ValueError, match=r"text\.safetensors"):
+        load_network(tmp_path / "text.safetensors")
+    with pytest.raises(OSError, match=r"none\.safetensors"):
+        load_network(tmp_path / "none.safetensors")

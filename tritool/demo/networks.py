@@ -164,8 +164,9 @@ def _config(name: str, folder: Path, seed: int, from_scratch: bool, steps: int |
     config = load_config(preset, steps=steps)
     training = replace(config.training, seed=seed)
     if from_scratch:
-        # The 2D network comes first, and the others start from it.
-        first = None if name == "RANSAC" else str(_best(folder, METHODS["RANSAC"]))
+        # Each network starts from the backbone of the one before it.
+        before = list(METHODS).index(name) - 1
+        first = None if before < 0 else str(_best(folder, list(METHODS.values())[before]))
     else:
         first = f"tritool:{preset}"
         rates = training.learning_rate

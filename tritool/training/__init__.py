@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tritool.training.loop import TrainResult as TrainResult
     from tritool.training.loop import train as train
     from tritool.training.prediction import predict_images as predict_images
+    from tritool.training.tasks import load_network as load_network
 
 __all__ = [
     "Config",
@@ -25,6 +26,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load_config",
+    "load_network",
     "predict_images",
     "presets",
     "train",
@@ -36,6 +38,7 @@ _LAZY = {
     "compare": "evaluation",
     "evaluate": "evaluation",
     "predict_images": "prediction",
+    "load_network": "tasks",
 }
 
 

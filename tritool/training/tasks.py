@@ -7,6 +7,7 @@ The loop and the evaluation know tasks only; what belongs to one kind of network
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ __all__ = [
     "build_task",
     "heatmap_cells",
     "joints_that_count",
+    "load_network",
     "trained_task",
     "weights_file",
 ]
@@ -540,6 +542,36 @@ def weights_file(source: str) -> Path:
         known = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none"
         raise ValueError(f"{source}: no such weights come with the package; known are {known}")
     return path
+
+
+def load_network(source: str | os.PathLike[str]) -> nn.Module:
+    """A trained network, ready to use: no configuration, no data set.
+
+    Args:
+        source: A checkpoint of `train`, or `"tritool:NAME"` for weights that come with the package:
+            `small-ransac`, `small-algebraic`, `small-volumetric`.
+
+    Returns:
+        The network of `tritool.models`, built as the checkpoint says, in evaluation mode, on the
+        CPU, float32. It takes images as `tritool.models.normalize_images` makes them, of a size
+        like that in training. A volumetric one comes without a model that finds the pelvis: give
+        it `centers`.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not one of ours, or damaged, or the package has no weights of that name.
+
+    Example:
+        >>> network = load_network("tritool:small-algebraic")
+        >>> type(network).__name__, network.training
+        ('AlgebraicTriangulation', False)
+    """
+    from tritool.training.state import read_model
+
+    tensors, info = read_model(weights_file(os.fspath(source)))
+    model = build_task(Config.from_dict(info["config"])).model
+    model.load_state_dict(tensors)
+    return model.eval()
 
 
 def trained_task(source: str, config: Config, kind: str) -> Task:
