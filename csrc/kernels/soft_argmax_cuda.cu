@@ -84,6 +84,38 @@ __device__ __forceinline__ In* element_of(In* base, const int64_t (&stride)[3], 
   return base + i * stride[0] + j * stride[1] + k * stride[2];
 }
 
+// Indices of the voxels that a thread visits, equally many apart. Two divisions for each visit would be a quarter of
+// all instructions of the forward (docs/roofline.md); so they are made once, and the host divides the distance.
+struct Voxel {
+  unsigned i, j, k;
+
+  TRITOOL_HD Voxel(unsigned number, unsigned depth, unsigned width) : i(0), j(0), k(0) {
+    if (depth == 0 || width == 0) return;  // an empty map: no voxel is visited
+    const unsigned row = number / width;
+    k = number - row * width;
+    i = row / depth;
+    j = row - i * depth;
+  }
+
+  __device__ __forceinline__ void advance(const Voxel& distance, unsigned depth, unsigned width) {
+    k += distance.k;
+    j += distance.j;
+    i += distance.i;
+    if (k >= width) {
+      k -= width;
+      ++j;
+    }
+    if (j >= depth) {
+      j -= depth;
+      ++i;
+    }
+  }
+};
+template <class Params>
+Voxel voxel_distance(const Params& params, int64_t count) {
+  return {static_cast<unsigned>(count), static_cast<unsigned>(params.size[1]), static_cast<unsigned>(params.size[2])};
+}
+
 template <class In, Keep kKeep>
 __device__ __forceinline__ void reset_state(const SoftmaxMomentsParams<In>& params,
                                             MomentState<Accumulator<In>, kKeep>& state) {
@@ -145,7 +177,8 @@ __device__ __forceinline__ void write_result_or_partial(const SoftmaxMomentsPara
 
 // Blocks: maps x splits. kWidth elements a load; more than one only for maps that are dense rows of a multiple of it.
 template <class In, Keep kKeep, int kWidth>
-__global__ void __launch_bounds__(kBlock) moments_rows_kernel(SoftmaxMomentsParams<In> params, int splits) {
+__global__ void __launch_bounds__(kBlock)
+    moments_rows_kernel(SoftmaxMomentsParams<In> params, int splits, Voxel distance) {
   using Params = SoftmaxMomentsParams<In>;
   using T = Accumulator<In>;
   constexpr bool kValue = kKeep == Keep::kExpectation;
@@ -163,10 +196,11 @@ __global__ void __launch_bounds__(kBlock) moments_rows_kernel(SoftmaxMomentsPara
     const In* values = kValue ? params.values + offset[Params::kValues] : nullptr;
     MomentState<T, kKeep> state;
     reset_state<In, kKeep>(params, state);
-    for (unsigned load_index = split * kBlock + threadIdx.x; load_index < loads; load_index += splits * kBlock) {
+    unsigned load_index = split * kBlock + threadIdx.x;
+    Voxel voxel(load_index * kWidth, depth, width);
+    for (; load_index < loads; load_index += splits * kBlock, voxel.advance(distance, depth, width)) {
       const unsigned element = load_index * kWidth;
-      const unsigned row = element / width, k = element - row * width;
-      const unsigned i = row / depth, j = row - i * depth;
+      const auto [i, j, k] = voxel;
       if constexpr (kWidth > 1) {
         using Load = Vector<In, kWidth>;
         const Load vector = *reinterpret_cast<const Load*>(logits + element);
@@ -194,7 +228,8 @@ __global__ void __launch_bounds__(kBlock) moments_rows_kernel(SoftmaxMomentsPara
 
 // Blocks: groups of 32 neighbouring maps x splits. Thread (lane, warp): map of the lane, every kWarps-th voxel.
 template <class In, Keep kKeep>
-__global__ void __launch_bounds__(kBlock) moments_lanes_kernel(SoftmaxMomentsParams<In> params, int splits) {
+__global__ void __launch_bounds__(kBlock)
+    moments_lanes_kernel(SoftmaxMomentsParams<In> params, int splits, Voxel distance) {
   using Params = SoftmaxMomentsParams<In>;
   using T = Accumulator<In>;
   TRITOOL_SHARED(T, merged, kWarps * kWarpSize * cuda::kMomentStateSize);
@@ -213,9 +248,10 @@ __global__ void __launch_bounds__(kBlock) moments_lanes_kernel(SoftmaxMomentsPar
       params.maps.offsets(map, offset);
       const In* logits = params.logits + offset[Params::kLogits];
       const In* values = kKeep == Keep::kExpectation ? params.values + offset[Params::kValues] : nullptr;
-      for (unsigned voxel = split * kWarps + warp; voxel < voxels; voxel += splits * kWarps) {
-        const unsigned row = voxel / width, k = voxel - row * width;
-        const unsigned i = row / depth, j = row - i * depth;
+      unsigned number = split * kWarps + warp;
+      Voxel voxel(number, depth, width);
+      for (; number < voxels; number += splits * kWarps, voxel.advance(distance, depth, width)) {
+        const auto [i, j, k] = voxel;
         const T logit = load(element_of(logits, params.stride[Params::kLogits], i, j, k));
         const In* value = element_of(values, params.stride[Params::kValues], i, j, k);
         push(state, params.c, logit, value, int(i), int(j), int(k));
@@ -280,7 +316,7 @@ __device__ __forceinline__ void pull_element(const SoftmaxMomentsBackwardParams<
 // Blocks: maps x chunks of voxels.
 template <class In, bool kValue, int kWidth>
 __global__ void __launch_bounds__(kBlock)
-    moments_backward_rows_kernel(SoftmaxMomentsBackwardParams<In> params, int chunks) {
+    moments_backward_rows_kernel(SoftmaxMomentsBackwardParams<In> params, int chunks, Voxel distance) {
   using Params = SoftmaxMomentsBackwardParams<In>;
   using T = Accumulator<In>;
   const unsigned depth = static_cast<unsigned>(params.size[1]), width = static_cast<unsigned>(params.size[2]);
@@ -295,10 +331,11 @@ __global__ void __launch_bounds__(kBlock)
     const In* values = kValue ? params.values + offset[Params::kValues] : nullptr;
     In* grad_values = kValue ? params.grad_values + offset[Params::kGradValues] : nullptr;
     const MomentCotangent<T> cotangent = moment_cotangent(params, map);
-    for (unsigned load_index = chunk * kBlock + threadIdx.x; load_index < loads; load_index += chunks * kBlock) {
+    unsigned load_index = chunk * kBlock + threadIdx.x;
+    Voxel voxel(load_index * kWidth, depth, width);
+    for (; load_index < loads; load_index += chunks * kBlock, voxel.advance(distance, depth, width)) {
       const unsigned element = load_index * kWidth;
-      const unsigned row = element / width, k = element - row * width;
-      const unsigned i = row / depth, j = row - i * depth;
+      const auto [i, j, k] = voxel;
       T t[3];
       cotangent.row(T(i), T(j), t);
       if constexpr (kWidth > 1) {
@@ -319,7 +356,7 @@ __global__ void __launch_bounds__(kBlock)
 
 template <class In, bool kValue>
 __global__ void __launch_bounds__(kBlock)
-    moments_backward_lanes_kernel(SoftmaxMomentsBackwardParams<In> params, int chunks) {
+    moments_backward_lanes_kernel(SoftmaxMomentsBackwardParams<In> params, int chunks, Voxel distance) {
   using Params = SoftmaxMomentsBackwardParams<In>;
   using T = Accumulator<In>;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -337,9 +374,10 @@ __global__ void __launch_bounds__(kBlock)
     const In* values = kValue ? params.values + offset[Params::kValues] : nullptr;
     In* grad_values = kValue ? params.grad_values + offset[Params::kGradValues] : nullptr;
     const MomentCotangent<T> cotangent = moment_cotangent(params, map);
-    for (unsigned voxel = chunk * kWarps + warp; voxel < voxels; voxel += chunks * kWarps) {
-      const unsigned row = voxel / width, k = voxel - row * width;
-      const unsigned i = row / depth, j = row - i * depth;
+    unsigned number = chunk * kWarps + warp;
+    Voxel voxel(number, depth, width);
+    for (; number < voxels; number += chunks * kWarps, voxel.advance(distance, depth, width)) {
+      const auto [i, j, k] = voxel;
       T t[3];
       cotangent.row(T(i), T(j), t);
       pull_element<kValue>(params, cotangent, t, i, j, k, logits, grad_logits, values, grad_values);
@@ -368,13 +406,16 @@ int launch_forward(const SoftmaxMomentsParams<In>& params, Stream stream) {
   const int splits = static_cast<int>(cuda::softmax_moments_splits(params.maps.count, elements));
   if (params.maps_adjacent) {
     const unsigned grid = grid_size(ceil_div(params.maps.count, kWarpSize) * splits, 1);
-    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_lanes_kernel<In, kKeep>), grid, kBlock, 0, stream, params, splits);
+    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_lanes_kernel<In, kKeep>), grid, kBlock, 0, stream, params, splits,
+                   voxel_distance(params, int64_t(splits) * kWarps));
   } else {
     const unsigned grid = grid_size(params.maps.count * splits, 1);
     if (vector_width<In>(params.maps, params.size, params.stride, {params.logits, params.values}) == kWidth)
-      TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_rows_kernel<In, kKeep, kWidth>), grid, kBlock, 0, stream, params, splits);
+      TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_rows_kernel<In, kKeep, kWidth>), grid, kBlock, 0, stream, params, splits,
+                     voxel_distance(params, int64_t(splits) * kBlock * kWidth));
     else
-      TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_rows_kernel<In, kKeep, 1>), grid, kBlock, 0, stream, params, splits);
+      TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_rows_kernel<In, kKeep, 1>), grid, kBlock, 0, stream, params, splits,
+                     voxel_distance(params, int64_t(splits) * kBlock));
   }
   if (splits > 1)
     TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_merge_kernel<In, kKeep>), grid_size(params.maps.count, kWarps), kBlock, 0,
@@ -390,7 +431,8 @@ int launch_backward(const SoftmaxMomentsBackwardParams<In>& params, Stream strea
   const int chunks = static_cast<int>(ceil_div(elements, per_block) < 4096 ? ceil_div(elements, per_block) : 4096);
   if (params.maps_adjacent) {
     const unsigned grid = grid_size(ceil_div(params.maps.count, kWarpSize) * chunks, 1);
-    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_backward_lanes_kernel<In, kValue>), grid, kBlock, 0, stream, params, chunks);
+    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_backward_lanes_kernel<In, kValue>), grid, kBlock, 0, stream, params, chunks,
+                   voxel_distance(params, int64_t(chunks) * kWarps));
     return last_launch_error();
   }
   const unsigned grid = grid_size(params.maps.count * chunks, 1);
@@ -398,10 +440,10 @@ int launch_backward(const SoftmaxMomentsBackwardParams<In>& params, Stream strea
                                      {params.logits, params.grad_logits, params.values, params.grad_values});
   if (width == kWidth)
     TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_backward_rows_kernel<In, kValue, kWidth>), grid, kBlock, 0, stream, params,
-                   chunks);
+                   chunks, voxel_distance(params, int64_t(chunks) * kBlock * kWidth));
   else
-    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_backward_rows_kernel<In, kValue, 1>), grid, kBlock, 0, stream, params,
-                   chunks);
+    TRITOOL_LAUNCH(TRITOOL_KERNEL(moments_backward_rows_kernel<In, kValue, 1>), grid, kBlock, 0, stream, params, chunks,
+                   voxel_distance(params, int64_t(chunks) * kBlock));
   return last_launch_error();
 }
 
