@@ -155,7 +155,12 @@ def test_example_weak_supervision(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     example = load_example("weak_supervision")
 
     def few(source: str, *, overrides: list[str], steps: int) -> Config:
-        less = ["data.validation.length=3", "model.width=4", "training.batch_size=5"]
+        less = [
+            "data.validation.length=3",
+            "model.width=4",
+            "training.batch_size=5",
+            "data.images=4",
+        ]
         return load_config(source, overrides=[*overrides, *less], steps=steps)
 
     monkeypatch.setattr(example, "load_config", few)
