@@ -8,6 +8,7 @@ and in full supervision, which is there to compare with.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +38,9 @@ from tritool.training.tasks import (
 )
 
 __all__ = ["ImagePoses", "WeakTask"]
+
+# Three times the standard deviation of relative depths, about 0.3 lengths of the pair.
+_MEAN_DEPTH_SLACK = 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,8 +186,11 @@ class WeakTask(Task):
             terms["depth_bound"] = (settings.depth_bound if begun else 0.0) * bound
         if settings.mean_depth:
             begun = self._step >= settings.pretrain_steps
+            means = output.relative_depth.mean(0)
+            # What the mean of so many images is off by chance does not count.
+            excess = means.abs() - _MEAN_DEPTH_SLACK / math.sqrt(len(output.relative_depth))
             terms["mean_depth"] = (settings.mean_depth if begun else 0.0) * (
-                output.relative_depth.mean(0).square().mean()
+                excess.clamp(min=0).square().mean()
             )
         if settings.bending:
             terms["bending"] = weights.bending * found.bending
