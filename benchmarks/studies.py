@@ -55,10 +55,11 @@ class Arm:
 
 _NO_KNEES = ("loss.bending=0", "loss.bending_steps=0")
 _LABELS_ONLY = ("loss.alpha=0", "loss.psi=0", "loss.mean_depth=0", *_NO_KNEES)
-# Views would be passed through the network for nothing.
+# Views would be passed through the network for nothing. Depths stay random, but small: limbs would
+# hold on to whatever signs large ones have.
 START = Arm(
     "start",
-    (*_LABELS_ONLY, "data.images=31", "training.batch_size=32"),
+    (*_LABELS_ONLY, "data.images=31", "training.batch_size=32", "loss.mean_depth=3"),
     start=False,
     steps=2500,
 )

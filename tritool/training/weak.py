@@ -8,7 +8,6 @@ and in full supervision, which is there to compare with.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,9 +37,6 @@ from tritool.training.tasks import (
 )
 
 __all__ = ["ImagePoses", "WeakTask"]
-
-# Three times the standard deviation of relative depths, about 0.3 lengths of the pair.
-_MEAN_DEPTH_SLACK = 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,12 +181,9 @@ class WeakTask(Task):
             begun = self._step >= settings.pretrain_steps
             terms["depth_bound"] = (settings.depth_bound if begun else 0.0) * bound
         if settings.mean_depth:
-            begun = self._step >= settings.pretrain_steps
-            means = output.relative_depth.mean(0)
-            # What the mean of so many images is off by chance does not count.
-            excess = means.abs() - _MEAN_DEPTH_SLACK / math.sqrt(len(output.relative_depth))
-            terms["mean_depth"] = (settings.mean_depth if begun else 0.0) * (
-                excess.clamp(min=0).square().mean()
+            # From the first step on: large depths of random signs are hard to turn later.
+            terms["mean_depth"] = (
+                settings.mean_depth * output.relative_depth.mean(0).square().mean()
             )
         if settings.bending:
             terms["bending"] = weights.bending * found.bending

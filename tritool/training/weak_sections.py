@@ -105,11 +105,10 @@ class WeakSupervision:
         pair_depth: How much depth the pair may span there, as a part of its length. The more of it
             points at the camera, the smaller the rest of the pose, and the smaller every error of
             agreement: a way to please the views that leads nowhere.
-        mean_depth: Factor of the squared mean of each joint's relative depth over the N images of a
-            batch, of what it exceeds 0.9 / sqrt(N) by, in the same steps; no part of the paper.
-            Seen from all sides, depths average out: this keeps a network from giving all images
-            the same depths, which limbs and even views reward at first. 0 where the cameras do not
-            surround people.
+        mean_depth: Factor of the squared mean of each joint's relative depth over the images of a
+            batch, in all steps; no part of the paper. Seen from all sides, depths average out: this
+            keeps a network from giving all images the same depths, which limbs and even views
+            reward at first, and random depths small. 0 where the cameras do not surround people.
         norm: As for `tritool.losses.multi_view_consistency`.
         through_transform: As for `tritool.losses.multi_view_consistency`.
         min_joints: As for `tritool.losses.multi_view_consistency`.
