@@ -3,8 +3,7 @@
 
 First a network learns 2D joints from labelled images, which make flat poses. Then it also sees
 people from four sides at once, without labels and without knowing where the cameras stand, and has
-to give poses that agree. About ten minutes on two cores; a run that was stopped goes on where it
-was.
+to give poses that agree. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TOOLS = [ROOT / "examples" / "unproject_images.py"]  # needs a recording with images
 EXAMPLES = sorted(set(ROOT.glob("examples/*.py")) - set(TOOLS))
-# They train: for ten minutes, and for half a one.
+# They train for minutes.
 LONG = [ROOT / "examples" / f"{name}.py" for name in ("weak_supervision", "train_in_pytorch")]
 DOCTESTED = (
     "tritool.ops.project",
