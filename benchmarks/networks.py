@@ -53,10 +53,14 @@ class Spec:
     deconv: int
     volume: int = 0
     channels: int = 0
+    v2v_width: int = 32
+    v2v_front_width: int | None = None
 
     @property
     def name(self) -> str:
-        volume = f", {self.volume}^3 x {self.channels}" if self.volume else ""
+        volume = f", {self.volume}^3 x {self.channels}, V2V of width {self.v2v_width}"
+        if not self.volume:
+            volume = ""
         return (
             f"{self.network}, {self.batch}x{self.views} images of {self.pixels}^2, "
             f"ResNet-{self.depth} of width {self.width}{volume}"
@@ -69,14 +73,15 @@ def specs(quick: bool) -> list[Spec]:
         return [
             Spec("ransac", **tiny),
             Spec("algebraic", **tiny),
-            Spec("volumetric", **tiny, volume=32, channels=2),
+            Spec("volumetric", **tiny, volume=32, channels=2, v2v_width=2),
         ]
     small = {"batch": 8, "views": 4, "pixels": 128, "depth": 18, "width": 16, "deconv": 32}
+    small_v2v = {"v2v_width": 12, "v2v_front_width": 16}
     paper = {"batch": 1, "views": 4, "pixels": 384, "depth": 152, "width": 64, "deconv": 256}
     return [
         Spec("ransac", **small),
         Spec("algebraic", **small),
-        Spec("volumetric", **{**small, "batch": 4}, volume=32, channels=8),
+        Spec("volumetric", **{**small, "batch": 4}, volume=32, channels=32, **small_v2v),
         Spec("algebraic", **paper),
         Spec("volumetric", **paper, volume=64, channels=32),
     ]
@@ -103,7 +108,8 @@ def training_step(spec: Spec, device: str) -> Callable[[], Tensor]:
     else:
         network = VolumetricTriangulation(
             JOINTS, spec.depth, spec.volume, volume_channels=spec.channels,
-            v2v_width=spec.channels, random_rotation=False, **options,
+            v2v_width=spec.v2v_width, v2v_front_width=spec.v2v_front_width,
+            random_rotation=False, **options,
         )  # fmt: skip
     network = network.to(device).train()
     channels_last(network)

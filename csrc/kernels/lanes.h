@@ -25,6 +25,54 @@ constexpr int kLanesOf = kVectorBytes / static_cast<int>(sizeof(T));
 template <class T>
 using NativePack = Pack<T, kLanesOf<T>>;
 
+template <class P, class T = Real<P>>
+TRITOOL_HD P load_pack(const T* from) {
+  P pack;
+  memcpy(&pack.v, from, sizeof pack.v);
+  return pack;
+}
+template <class P, class T = Real<P>>
+TRITOOL_HD void store_pack(T* to, const P& pack) {
+  memcpy(to, &pack.v, sizeof pack.v);
+}
+
+// A result beyond the caches is written past them: fetching every line first, only to overwrite it, costs a third of
+// the memory traffic. Such stores have to be fenced before another thread reads.
+TRITOOL_HD bool is_streamed([[maybe_unused]] int64_t bytes) {
+#if defined(__x86_64__)
+  return bytes > (int64_t(16) << 20);
+#else
+  return false;
+#endif
+}
+inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0; }
+
+template <class P>
+TRITOOL_HD void stream_pack([[maybe_unused]] Real<P>* to, const P& pack) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(pack.v) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)pack.v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(pack.v) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)pack.v);
+#endif
+#if defined(__AVX512F__)
+  if constexpr (sizeof(pack.v) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)pack.v);
+#endif
+  store_pack(to, pack);
+}
+TRITOOL_HD void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Asks for what a loop that walks through memory reads next but a few. The processor's own prefetching does not keep
+// up where there is as much to compute as in a softmax: without this, a pass over a large volume takes twice the time.
+TRITOOL_HD void prefetch(const void* address) {
+  constexpr int kBytesAhead = 2048;
+  __builtin_prefetch(static_cast<const char*>(address) + kBytesAhead);
+}
+
 // One element from each of several places.
 template <class T, int N>
 TRITOOL_HD Pack<T, N> gather(const T* const (&base)[N], int64_t offset) {
@@ -37,6 +85,24 @@ TRITOOL_HD Pack<T, N> gather(const T* const (&base)[N], int64_t offset) {
 template <class T, int N>
 TRITOOL_HD Pack<T, N> gather_shared(const T* const (&base)[N], bool same, int64_t offset) {
   return same ? Pack<T, N>(base[0][offset]) : gather(base, offset);
+}
+
+// Two halves side by side, in registers: to store them and load them as one costs more than it looks, because the
+// processor cannot hand on two stores to one load.
+template <class P, class Half, size_t... kLane>
+TRITOOL_HD P join_lanes(const Half& low, const Half& high, std::index_sequence<kLane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return P::of(__builtin_shufflevector(low.v, high.v, int(kLane)...));
+#else
+  P pack;
+  for (int lane = 0; lane < P::kLanes; ++lane)
+    pack.v[lane] = lane < Half::kLanes ? low.v[lane] : high.v[lane - Half::kLanes];
+  return pack;
+#endif
+}
+template <class P, class Half>
+TRITOOL_HD P join_halves(const Half& low, const Half& high) {
+  return join_lanes<P>(low, high, std::make_index_sequence<P::kLanes>());
 }
 
 // One step of a transposition: lanes whose number has the bit S change places between two vectors. After the steps of

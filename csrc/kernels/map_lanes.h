@@ -36,12 +36,15 @@ TRITOOL_HD void store_vector(In* to, const Pack<T, N>& pack) {
 template <class P, class In>
 TRITOOL_HD P load_lanes(const In* from, int64_t stride, int lanes) {
   using T = Real<P>;
-  P pack = P(-infinity<T>());
+  P pack;
   if (lanes == P::kLanes && stride == 1) {
     load_vector(from, pack);
     return pack;
   }
-  for (int lane = 0; lane < lanes; ++lane) pack.v[lane] = load(from + lane * stride);
+  T values[P::kLanes];
+  for (int lane = 0; lane < P::kLanes; ++lane)
+    values[lane] = lane < lanes ? load(from + lane * stride) : -infinity<T>();
+  memcpy(&pack.v, values, sizeof values);
   return pack;
 }
 
@@ -51,7 +54,9 @@ TRITOOL_HD void store_lanes(In* to, int64_t stride, int lanes, const P& pack) {
     store_vector(to, pack);
     return;
   }
-  for (int lane = 0; lane < lanes; ++lane) store(to + lane * stride, pack.v[lane]);
+  Real<P> values[P::kLanes];
+  memcpy(values, &pack.v, sizeof values);
+  for (int lane = 0; lane < lanes; ++lane) store(to + lane * stride, values[lane]);
 }
 
 template <class P>
@@ -59,6 +64,24 @@ TRITOOL_HD P lane_numbers() {
   P numbers;
   for (int lane = 0; lane < P::kLanes; ++lane) numbers.v[lane] = Real<P>(lane);
   return numbers;
+}
+
+// For the lambdas of inner loops, which are not worth a call.
+#define TRITOOL_INLINE __attribute__((always_inline))
+
+// Runs over `count` neighbours in whole vectors, whose number of lanes is then a constant, and at last what is left.
+template <int N, class Run>
+TRITOOL_HD void for_lanes(int64_t count, Run&& run) {
+  int64_t k = 0;
+  for (; k + N <= count; k += N) run(k, std::integral_constant<int, N>());
+  if (k < count) run(k, int(count - k));
+}
+
+template <class T, int N>
+TRITOOL_HD T largest_lane(const Pack<T, N>& pack) {
+  T largest = pack[0];
+  for (int lane = 1; lane < N; ++lane) largest = max_(pack[lane], largest);
+  return largest;
 }
 
 TRITOOL_HD int lanes_left(int64_t left, int lanes) { return left < lanes ? static_cast<int>(left) : lanes; }

@@ -35,80 +35,93 @@ void write_moments(const SoftmaxMomentsParams<In>& params, int64_t map, const Mo
   params.partition[2 * map + 1] = T(state.sum);
 }
 
-// Adds the sums of all lanes, which have the level and the origin of the total, and clears them.
-template <class P, Keep kKeep>
-TRITOOL_HD void flush_lanes(MomentState<P, kKeep>& lanes, MomentState<double, kKeep>& total) {
-  constexpr int N = P::kLanes;
-  total.sum += double(sum_lanes(lanes.sum, N));
-  for (int a = 0; a < 3; ++a) total.first[a] += double(sum_lanes(lanes.first[a], N));
+// Adds the sums since the last flush, which have the level and the origin of the total, and clears them.
+template <class P, class D, Keep kKeep>
+TRITOOL_HD void flush_lanes(MomentState<P, kKeep>& lanes, MomentState<D, kKeep>& total) {
+  total.sum = total.sum + convert_lanes<D>(lanes.sum);
+  for (int a = 0; a < 3; ++a) total.first[a] = total.first[a] + convert_lanes<D>(lanes.first[a]);
   if constexpr (kKeep == Keep::kCovariance)
-    for (int k = 0; k < 6; ++k) total.second[k] += double(sum_lanes(lanes.second[k], N));
-  if constexpr (kKeep == Keep::kExpectation) {
-    total.value.sum += double(sum_lanes(lanes.value.sum, N));
-    for (int lane = 0; lane < N; ++lane)
-      total.value.spoilt = max_(double(lanes.value.spoilt[lane]), total.value.spoilt);
-  }
+    for (int k = 0; k < 6; ++k) total.second[k] = total.second[k] + convert_lanes<D>(lanes.second[k]);
+  if constexpr (kKeep == Keep::kExpectation)
+    total.value.add(ValueSum<D>{convert_lanes<D>(lanes.value.sum), convert_lanes<D>(lanes.value.spoilt)});
   lanes.clear();
 }
 
-template <class In, Keep kKeep>
+// All lanes of a state as one; they have one level and one origin.
+template <Keep kKeep, class D>
+MomentState<double, kKeep> sum_of_lanes(const MomentState<D, kKeep>& state) {
+  constexpr int N = D::kLanes;
+  MomentState<double, kKeep> one;
+  one.level = state.level[0];
+  one.sum = sum_lanes(state.sum, N);
+  for (int a = 0; a < 3; ++a) {
+    one.first[a] = sum_lanes(state.first[a], N);
+    one.origin[a] = state.origin[a][0];
+  }
+  for (int k = 0; k < (state.kSecond ? 6 : 1); ++k) one.second[k] = sum_lanes(state.second[k], N);
+  one.value = {sum_lanes(state.value.sum, N), state.value.spoilt[0]};
+  for (int lane = 1; lane < N; ++lane) one.value.spoilt = max_(state.value.spoilt[lane], one.value.spoilt);
+  return one;
+}
+
+// A row is weighed under the level of the rows before it, and again where one of its logits turns out to be above:
+// that happens a few times a map, and looking first would read every row twice.
+template <class In, Keep kKeep, bool kContiguous>
 void forward_row_map(const SoftmaxMomentsParams<In>& params, int64_t map) {
   using Params = SoftmaxMomentsParams<In>;
   using T = Accumulator<In>;
   using P = NativePack<T>;
   constexpr int N = P::kLanes;
+  using D = Pack<double, N>;
   constexpr bool kSecond = kKeep == Keep::kCovariance, kValue = kKeep == Keep::kExpectation;
   constexpr int64_t kElementsPerFlush = 64 * N;  // short sums in the lanes keep float32 exact to a few roundings
   const int64_t width = params.size[2];
-  const int64_t step = params.stride[Params::kLogits][2], value_step = params.stride[Params::kValues][2];
+  const int64_t step = kContiguous ? 1 : params.stride[Params::kLogits][2];
+  const int64_t value_step = kContiguous ? 1 : params.stride[Params::kValues][2];
+  const P c = P(params.c);
   int64_t offset[Params::kOperands];
   params.maps.offsets(map, offset);
 
-  MomentState<double, kKeep> total;
-  MomentState<P, kKeep> state;  // of the rows since the last flush, lane by lane
+  MomentState<D, kKeep> total;
+  MomentState<P, kKeep> state;  // of the rows since the last flush
   const double centre[3] = {0.5 * double(params.size[0] - 1), 0.5 * double(params.size[1] - 1),
                             0.5 * double(width - 1)};
-  const P centre_lanes[3] = {P(T(centre[0])), P(T(centre[1])), P(T(centre[2]))};
-  total.reset(centre);
-  state.reset(centre_lanes);
+  total.reset({D(centre[0]), D(centre[1]), D(centre[2])});
+  state.reset({P(T(centre[0])), P(T(centre[1])), P(T(centre[2]))});
   const P numbers = lane_numbers<P>();
   int64_t pending = 0;
   for (int64_t i = 0; i < params.size[0]; ++i) {
     for (int64_t j = 0; j < params.size[1]; ++j) {
       const In* row = row_of(params.logits + offset[Params::kLogits], params.stride[Params::kLogits], i, j);
-      P largest = P(-infinity<T>());
-      for (int64_t k = 0; k < width; k += N) {
-        const P logit = load_lanes<P>(row + k * step, step, lanes_left(width - k, N));
-        largest = select(logit > largest, logit, largest);
-      }
-      if (any(level_of(P(params.c), largest) > state.level)) {  // a few times a map
-        T top = largest.v[0];
-        for (int lane = 1; lane < N; ++lane) top = max_(largest.v[lane], top);
-        double at[3] = {double(i), double(j), centre[2]};
+      const In* values = nullptr;
+      if constexpr (kValue)
+        values = row_of(params.values + offset[Params::kValues], params.stride[Params::kValues], i, j);
+      P sum, first, second;
+      ValueSum<P> value;
+      while (true) {
+        P largest = P(-infinity<T>()), d = numbers - state.origin[2];
+        sum = first = second = P(T(0));
+        value.reset();
+        for_lanes<N>(width, [&](int64_t k, auto lanes) TRITOOL_INLINE {
+          const P logit = load_lanes<P>(row + k * step, step, lanes);
+          prefetch(row + k * step);
+          largest = max_(logit, largest);
+          const P weight = softmax_weight(c, logit, state.level);
+          sum = sum + weight;
+          first = first + weight * d;
+          if constexpr (kSecond) second = second + weight * d * d;
+          if constexpr (kValue) value.add(weight, logit, load_lanes<P>(values + k * value_step, value_step, lanes));
+          d = d + P(T(N));
+        });
+        if (!any(c * largest > state.level)) break;
+        const T top = largest_lane(largest);
+        double k_top = centre[2];
         if constexpr (kSecond)
           for (int64_t k = 0; k < width; ++k)
-            if (load(row + k * step) == top) at[2] = double(k);
+            if (load(row + k * step) == top) k_top = double(k);
         const T level = level_of(params.c, top);
-        const P at_lanes[3] = {P(T(at[0])), P(T(at[1])), P(T(at[2]))};
-        total.raise(double(level), at);
-        state.raise(P(level), at_lanes);
-      }
-      P sum = P(T(0)), first = P(T(0)), second = P(T(0));
-      const In* values = nullptr;
-      ValueSum<P> value;
-      if constexpr (kValue) {
-        values = row_of(params.values + offset[Params::kValues], params.stride[Params::kValues], i, j);
-        value.reset();
-      }
-      for (int64_t k = 0; k < width; k += N) {
-        const int lanes = lanes_left(width - k, N);
-        const P logit = load_lanes<P>(row + k * step, step, lanes);
-        const P weight = softmax_weight(P(params.c), logit, state.level);
-        const P d = (numbers + P(T(k))) - state.origin[2];
-        sum = sum + weight;
-        first = first + weight * d;
-        if constexpr (kSecond) second = second + weight * d * d;
-        if constexpr (kValue) value.add(weight, logit, load_lanes<P>(values + k * value_step, value_step, lanes));
+        total.raise(D(double(level)), {D(double(i)), D(double(j)), D(k_top)});
+        state.raise(P(level), {P(T(i)), P(T(j)), P(T(k_top))});
       }
       state.add_row(sum, first, second, P(T(i)), P(T(j)));
       if constexpr (kValue) state.value.add(value);
@@ -120,7 +133,7 @@ void forward_row_map(const SoftmaxMomentsParams<In>& params, int64_t map) {
     }
   }
   flush_lanes(state, total);
-  write_moments(params, map, total);
+  write_moments(params, map, sum_of_lanes(total));
 }
 
 // One lane of a state of lanes, as a state of its own.
@@ -209,8 +222,13 @@ int64_t work(const SoftmaxMomentsParams<In>& params) {
 
 template <class In, Keep kKeep>
 void forward_items(const SoftmaxMomentsParams<In>& params, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item)
-    params.maps_adjacent ? forward_map_group<In, kKeep>(params, item) : forward_row_map<In, kKeep>(params, item);
+  using Params = SoftmaxMomentsParams<In>;
+  bool contiguous = params.stride[Params::kLogits][2] == 1;
+  if (kKeep == Keep::kExpectation) contiguous = contiguous && params.stride[Params::kValues][2] == 1;
+  const auto forward_item = params.maps_adjacent ? &forward_map_group<In, kKeep>
+                            : contiguous         ? &forward_row_map<In, kKeep, true>
+                                                 : &forward_row_map<In, kKeep, false>;
+  for (int64_t item = begin; item < end; ++item) forward_item(params, item);
 }
 
 template <class In>
@@ -220,43 +238,66 @@ void forward(const SoftmaxMomentsParams<In>& params, int64_t begin, int64_t end)
   forward_items<In, Keep::kMean>(params, begin, end);
 }
 
-template <class In, bool kValue>
+// Whether the gradient's rows can be streamed: large, in whole vectors.
+template <class In>
+bool streams(const SoftmaxMomentsBackwardParams<In>& params) {
+  using Params = SoftmaxMomentsBackwardParams<In>;
+  constexpr int N = kLanesOf<Accumulator<In>>;
+  const int64_t (&stride)[3] = params.stride[Params::kGradLogits];
+  if (!std::is_same_v<In, Accumulator<In>> || params.maps_adjacent || stride[2] != 1) return false;
+  bool whole = params.size[2] % N == 0 && stride[0] % N == 0 && stride[1] % N == 0 && is_aligned(params.grad_logits);
+  for (int d = 0; d < params.maps.dims; ++d) whole = whole && params.maps.stride[d][Params::kGradLogits] % N == 0;
+  return whole &&
+         is_streamed(params.maps.count * params.size[0] * params.size[1] * params.size[2] * int64_t(sizeof(In)));
+}
+
+template <class In, bool kValue, bool kContiguous>
 void backward_row(const SoftmaxMomentsBackwardParams<In>& params, const MomentCotangent<Accumulator<In>>& map,
-                  const int64_t (&offset)[SoftmaxMomentsBackwardParams<In>::kOperands], int64_t i, int64_t j) {
+                  const int64_t (&offset)[SoftmaxMomentsBackwardParams<In>::kOperands], int64_t i, int64_t j,
+                  bool stream) {
   using Params = SoftmaxMomentsBackwardParams<In>;
   using T = Accumulator<In>;
   using P = NativePack<T>;
   constexpr int N = P::kLanes;
-  const int64_t (&from)[3] = params.stride[Params::kLogits];
-  const int64_t (&to)[3] = params.stride[Params::kGradLogits];
-  const int64_t (&value_from)[3] = params.stride[Params::kValues];
-  const int64_t (&value_to)[3] = params.stride[Params::kGradValues];
-  const In* row = row_of(params.logits + offset[Params::kLogits], from, i, j);
-  In* out = row_of(params.grad_logits + offset[Params::kGradLogits], to, i, j);
-  const In* values = kValue ? row_of(params.values + offset[Params::kValues], value_from, i, j) : nullptr;
-  In* value_out = kValue ? row_of(params.grad_values + offset[Params::kGradValues], value_to, i, j) : nullptr;
-  const ValueCotangent<P> value{P(map.value.grad), P(map.value.expectation), P(map.value.floor)};
+  const auto step_of = [&](int operand) { return kContiguous ? 1 : params.stride[operand][2]; };
+  const int64_t from = step_of(Params::kLogits), to = step_of(Params::kGradLogits);
+  const int64_t value_from = step_of(Params::kValues), value_to = step_of(Params::kGradValues);
+  const In* row = row_of(params.logits + offset[Params::kLogits], params.stride[Params::kLogits], i, j);
+  In* out = row_of(params.grad_logits + offset[Params::kGradLogits], params.stride[Params::kGradLogits], i, j);
+  const In* values = nullptr;
+  In* value_out = nullptr;
+  if constexpr (kValue) {
+    values = row_of(params.values + offset[Params::kValues], params.stride[Params::kValues], i, j);
+    value_out = row_of(params.grad_values + offset[Params::kGradValues], params.stride[Params::kGradValues], i, j);
+  }
+  if (!map.valid) {
+    for_lanes<N>(params.size[2], [&](int64_t k, auto lanes) TRITOOL_INLINE {
+      store_lanes(out + k * to, to, lanes, P(T(0)));
+      if constexpr (kValue) store_lanes(value_out + k * value_to, value_to, lanes, P(T(0)));
+    });
+    return;
+  }
   T t[3];
   map.row(T(i), T(j), t);
-  const T factor = params.inverse_temperature * map.inverse_sum;
-  const P numbers = lane_numbers<P>();
-  for (int64_t k = 0; k < params.size[2]; k += N) {
-    const int lanes = lanes_left(params.size[2] - k, N);
-    P gradient = P(T(0)), value_gradient = P(T(0));
-    if (map.valid) {
-      const P logit = load_lanes<P>(row + k * from[2], from[2], lanes);
-      const P weight = softmax_weight(P(params.c), logit, P(map.level));
-      const P d = (numbers + P(T(k))) - P(map.mean[2]);
-      P slope = P(t[0]) + d * (P(t[1]) + d * P(t[2]));
-      if constexpr (kValue) {
-        slope = slope + value.term(weight, load_lanes<P>(values + k * value_from[2], value_from[2], lanes));
-        value_gradient = weight * P(map.inverse_sum) * value.grad;
-      }
-      gradient = weight * P(factor) * slope;
+  const P c = P(params.c), level = P(map.level), factor = P(params.inverse_temperature * map.inverse_sum);
+  const P t0 = P(t[0]), t1 = P(t[1]), t2 = P(t[2]);
+  const ValueCotangent<P> value{P(map.value.grad), P(map.value.expectation), P(map.value.floor)};
+  P k_lanes = lane_numbers<P>();
+  for_lanes<N>(params.size[2], [&](int64_t k, auto lanes) TRITOOL_INLINE {
+    const P weight = softmax_weight(c, load_lanes<P>(row + k * from, from, lanes), level);
+    prefetch(row + k * from);
+    const P d = k_lanes - P(map.mean[2]);
+    k_lanes = k_lanes + P(T(N));
+    P slope = t0 + d * (t1 + d * t2);
+    if constexpr (kValue) {
+      slope = slope + value.term(weight, load_lanes<P>(values + k * value_from, value_from, lanes));
+      store_lanes(value_out + k * value_to, value_to, lanes, weight * P(map.inverse_sum) * value.grad);
     }
-    store_lanes(out + k * to[2], to[2], lanes, gradient);
-    if constexpr (kValue) store_lanes(value_out + k * value_to[2], value_to[2], lanes, value_gradient);
-  }
+    const P gradient = weight * factor * slope;
+    if constexpr (std::is_same_v<In, T>)
+      if (stream) return stream_pack(out + k, gradient);
+    store_lanes(out + k * to, to, lanes, gradient);
+  });
 }
 
 // Neighbouring maps' cotangents, one a lane.
@@ -331,6 +372,11 @@ void backward_rows(const SoftmaxMomentsBackwardParams<In>& params, int64_t begin
   constexpr int N = P::kLanes;
   const int64_t rows = params.size[0] * params.size[1];
   const MapGroups groups = map_groups(params.maps, N);
+  const bool stream = streams(params);
+  bool contiguous = true;
+  for (int o = 0; o < (kValue ? Params::kOperands : Params::kValues); ++o)
+    contiguous = contiguous && params.stride[o][2] == 1;
+  const auto backward_row_of = contiguous ? &backward_row<In, kValue, true> : &backward_row<In, kValue, false>;
   for (int64_t item = begin; item < end;) {
     const int64_t index = item / rows;
     const int64_t stop = (index + 1) * rows < end ? (index + 1) * rows : end;
@@ -340,7 +386,7 @@ void backward_rows(const SoftmaxMomentsBackwardParams<In>& params, int64_t begin
       const MomentCotangent<T> map = moment_cotangent(params, index);
       for (; item < stop; ++item) {
         const int64_t row = item - index * rows;
-        backward_row<In, kValue>(params, map, offset, row / params.size[1], row % params.size[1]);
+        backward_row_of(params, map, offset, row / params.size[1], row % params.size[1], stream);
       }
       continue;
     }
@@ -355,6 +401,7 @@ void backward_rows(const SoftmaxMomentsBackwardParams<In>& params, int64_t begin
       backward_group_row<In, kValue>(params, maps, offset, lanes, row / params.size[1], row % params.size[1]);
     }
   }
+  if (stream) fence_streams();
 }
 
 template <class In>

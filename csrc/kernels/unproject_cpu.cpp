@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <type_traits>
 
-#include "kernels/lanes.h"
+#include "kernels/map_lanes.h"
 #include "kernels/unproject.h"
 #include "math/unproject.h"
 
@@ -45,6 +45,7 @@ struct BlockTaps {
   T slope_x[4][kBlock];  // d weight / d pixel
   T slope_y[4][kBlock];
   int32_t column[kBlock];  // of math/unproject.h's Cell: whether the voxel is seen
+  bool all_seen;
 };
 
 template <class In>
@@ -66,21 +67,17 @@ void load_confidences(const UnprojectParams<In>& params, const Accumulator<In>* 
                     : Accumulator<In>(1);
 }
 
-template <class P, class T = Real<P>>
-TRITOOL_HD P load_pack(const T* from) {
-  P pack;
-  memcpy(&pack.v, from, sizeof pack.v);
-  return pack;
-}
-template <class P, class T = Real<P>>
-TRITOOL_HD void store_pack(T* to, const P& pack) {
-  memcpy(to, &pack.v, sizeof pack.v);
-}
-// double lanes to float lanes, or to themselves.
-template <class T>
-TRITOOL_HD void store_converted(T* to, const Lanes& lanes) {
-  using Narrow = Pack<T, kLanes>;
-  store_pack(to, Narrow::of(__builtin_convertvector(lanes.v, typename Narrow::Vector)));
+// Several packs of double lanes as one of T, next to each other.
+template <class P, int kParts>
+TRITOOL_HD P join(const Lanes (&parts)[kParts]) {
+  if constexpr (kParts == 1) {
+    return parts[0];
+  } else {
+    static_assert(kParts == 2 && P::kLanes == 2 * kLanes);
+    using Half = Pack<Real<P>, kLanes>;
+    const Half low = convert_lanes<Half>(parts[0]), high = convert_lanes<Half>(parts[1]);
+    return join_halves<P>(low, high);
+  }
 }
 
 // Index coordinates and world coordinates of a block of voxels, axis by axis; those past the last voxel repeat it.
@@ -106,16 +103,24 @@ void load_points(const UnprojectParams<In>& params, const Accumulator<In>* grid,
   const int64_t depth = params.grid_size[1], width = params.grid_size[2];
   const int64_t line = first / width;
   int64_t k = first - line * width, i = line / depth, j = line - i * depth;
-  for (int lane = 0; lane < kBlock; ++lane) {
-    points.index[0][lane] = double(i);
-    points.index[1][lane] = double(j);
-    points.index[2][lane] = double(k);
-    if (lane + 1 >= lanes) continue;
-    if (++k == width) {
-      k = 0;
-      if (++j == depth) {
-        j = 0;
-        ++i;
+  if (lanes == kBlock && k + kBlock <= width) {  // all of one row of the grid
+    for (int lane = 0; lane < kBlock; ++lane) {
+      points.index[0][lane] = double(i);
+      points.index[1][lane] = double(j);
+      points.index[2][lane] = double(k) + double(lane);
+    }
+  } else {
+    for (int lane = 0; lane < kBlock; ++lane) {
+      points.index[0][lane] = double(i);
+      points.index[1][lane] = double(j);
+      points.index[2][lane] = double(k);
+      if (lane + 1 >= lanes) continue;
+      if (++k == width) {
+        k = 0;
+        if (++j == depth) {
+          j = 0;
+          ++i;
+        }
       }
     }
   }
@@ -158,26 +163,27 @@ void find_taps(const UnprojectParams<In>& params, const BlockPoints& points, con
                BlockTaps<Accumulator<In>>& taps) {
   using T = Accumulator<In>;
   using P = NativePack<T>;
-  alignas(64) T column[kBlock], row[kBlock], fraction_x[kBlock], fraction_y[kBlock];
+  constexpr int kParts = P::kLanes / kLanes;
   const FeatureMap<double> map = feature_map(params);
   const FeatureMap<Lanes> map_lanes{Lanes(map.width), Lanes(map.height), Lanes(map.scale_x), Lanes(map.scale_y)};
   Lanes matrix_lanes[3][4];
   load_matrix(matrix, matrix_lanes);
-  for (int lane = 0; lane < kBlock; lane += kLanes) {
-    Lanes world[3];
-    points.load(points.world, lane, world);
-    const Cell<Lanes> cell = cell_of(world, matrix_lanes, map_lanes);
-    store_converted(column + lane, cell.column);
-    store_converted(row + lane, cell.row);
-    store_converted(fraction_x + lane, cell.fraction_x);
-    store_converted(fraction_y + lane, cell.fraction_y);
-  }
   const auto row_size = int32_t(params.rows.row), line_size = int32_t(params.rows.row * params.width);
   for (int lane = 0; lane < kBlock; lane += P::kLanes) {
-    const Cell<P> cell{load_pack<P>(column + lane), load_pack<P>(row + lane), load_pack<P>(fraction_x + lane),
-                       load_pack<P>(fraction_y + lane)};
+    Lanes column[kParts], row[kParts], fraction_x[kParts], fraction_y[kParts];
+    for (int part = 0; part < kParts; ++part) {
+      Lanes world[3];
+      points.load(points.world, lane + part * kLanes, world);
+      const Cell<Lanes> cell = cell_of(world, matrix_lanes, map_lanes);
+      column[part] = cell.column;
+      row[part] = cell.row;
+      fraction_x[part] = cell.fraction_x;
+      fraction_y[part] = cell.fraction_y;
+    }
+    const Cell<P> cell{join<P>(column), join<P>(row), join<P>(fraction_x), join<P>(fraction_y)};
     const Footprint<P> footprint = footprint_of(cell, P(T(params.width)), P(T(params.height)));
     store_integers(taps.column + lane, integers(cell.column));
+    taps.all_seen = (lane == 0 || taps.all_seen) && all(cell.column >= P(T(-1)));
     for (int j = 0; j < 2; ++j) {
       for (int i = 0; i < 2; ++i) {
         const int tap = 2 * j + i;
@@ -216,6 +222,7 @@ template <class T>
 struct Views {
   int count;
   bool exclude;
+  bool all_seen;  // every voxel of the block, by every view
   const BlockTaps<T>* taps;
   const T* features;
   int64_t map;           // elements from one view's features to the next
@@ -245,6 +252,19 @@ template <class P, int kPacks, Aggregation kBy, bool kWeighted>
 TRITOOL_HD void aggregate(const Views<Real<P>>& views, int lane, int64_t channel, bool sampled,
                           ViewAggregate<P, kBy, kWeighted> (&result)[kPacks], Kept<P, kPacks>& kept) {
   using T = Real<P>;
+  if (views.all_seen && sampled && views.count <= kKept) {  // what follows, without its questions
+    for (int view = 0; view < views.count; ++view) {
+      sample(views.taps[view], lane, views.features + view * views.map + channel, kept.value[view]);
+      for (int p = 0; p < kPacks; ++p)
+        result[p].look(kept.value[view][p], confidence_of<P, kWeighted>(views, view, channel + p * P::kLanes));
+    }
+    for (int p = 0; p < kPacks; ++p) result[p].start();
+    for (int view = 0; view < views.count; ++view)
+      for (int p = 0; p < kPacks; ++p)
+        kept.factor[view][p] = result[p].add_looked_at(
+            kept.value[view][p], confidence_of<P, kWeighted>(views, view, channel + p * P::kLanes));
+    return;
+  }
   for (int first = 0; first < views.count; first += kKept) {
     const int last = first + kKept < views.count ? first + kKept : views.count;
     Kept<P, kPacks> later;
@@ -420,45 +440,17 @@ void for_channels(int64_t begin, int64_t end, Run&& run) {
   }
 }
 
-// A volume beyond the caches is written past them: fetching every line first, only to overwrite it, costs a third of
-// the memory traffic. Such stores have to be fenced before another thread reads.
-constexpr int64_t kStreamedBytes = int64_t(16) << 20;
-
-template <class P>
-TRITOOL_HD void stream_pack([[maybe_unused]] Real<P>* to, const P& pack) {
-#if defined(__x86_64__)
-  if constexpr (sizeof(pack.v) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)pack.v);
-#endif
-#if defined(__AVX2__)
-  if constexpr (sizeof(pack.v) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)pack.v);
-#endif
-#if defined(__AVX512F__)
-  if constexpr (sizeof(pack.v) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)pack.v);
-#endif
-  store_pack(to, pack);
-}
-TRITOOL_HD void fence_streams() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
 // Whether packs can be streamed to the volume: large, and every pack of a tile on a boundary of its size.
 template <class In>
 bool streams(const UnprojectParams<In>& params) {
-#if defined(__x86_64__)
   constexpr int64_t kPack = kLanesOf<In>;
   const int64_t (&stride)[2] = params.volume_stride;
   const bool channels_first = stride[1] == 1;
   bool fits = (channels_first || stride[0] == 1) && params.points % kPack == 0 && params.channels % kPack == 0 &&
-              reinterpret_cast<uintptr_t>(params.volume) % kVectorBytes == 0 &&
-              stride[channels_first ? 0 : 1] % kPack == 0;
+              is_aligned(params.volume) && stride[channels_first ? 0 : 1] % kPack == 0;
   for (int d = 0; d < params.batch.dims; ++d)
     fits = fits && params.batch.stride[d][UnprojectParams<In>::kVolume] % kPack == 0;
-  return fits && params.batch.count * params.channels * params.points * int64_t(sizeof(In)) > kStreamedBytes;
-#else
-  return false;
-#endif
+  return fits && is_streamed(params.batch.count * params.channels * params.points * int64_t(sizeof(In)));
 }
 
 // to[column, row] = from[row, column], in whole squares of lanes as far as they go.
@@ -592,9 +584,13 @@ class ItemViews {
     load_matrices(params_, params_.projections + offset[Params::kProjections], matrices_.data());
     if (params_.confidences != nullptr)
       load_confidences(params_, params_.confidences + offset[Params::kConfidences], confidences_.data());
-    views = {params_.views,     params_.exclude,
-             taps_.data(),      feature_rows(params_, offset),
-             params_.rows.view, params_.confidences == nullptr ? nullptr : confidences_.data(),
+    views = {params_.views,
+             params_.exclude,
+             false,
+             taps_.data(),
+             feature_rows(params_, offset),
+             params_.rows.view,
+             params_.confidences == nullptr ? nullptr : confidences_.data(),
              params_.rows.row};
   }
 
@@ -603,7 +599,11 @@ class ItemViews {
   int project(int64_t first) {
     const int lanes = int(params_.points - first < kBlock ? params_.points - first : kBlock);
     load_points(params_, params_.grid + offset[Params::kGrid], first, lanes, points);
-    for (int view = 0; view < params_.views; ++view) find_taps<kSlopes>(params_, points, matrix(view), taps_[view]);
+    views.all_seen = true;
+    for (int view = 0; view < params_.views; ++view) {
+      find_taps<kSlopes>(params_, points, matrix(view), taps_[view]);
+      views.all_seen = views.all_seen && taps_[view].all_seen;
+    }
     return lanes;
   }
 

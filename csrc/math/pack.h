@@ -83,6 +83,15 @@ TRITOOL_PACK TRITOOL_HD Pack<T, N> select(const PackMask<T, N>& mask, const Pack
   return Pack<T, N>::of(mask.v ? a.v : b.v);
 }
 TRITOOL_PACK TRITOOL_HD bool any(const PackMask<T, N>& mask) {
+#if defined(__AVX512DQ__)
+  if constexpr (sizeof(mask.v) == 64) return _mm512_movepi32_mask((__m512i)mask.v) != 0;
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(mask.v) == 32) return _mm256_movemask_epi8((__m256i)mask.v) != 0;
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(mask.v) == 16) return _mm_movemask_epi8((__m128i)mask.v) != 0;
+#endif
   constexpr int kWords = sizeof(mask.v) / sizeof(uint64_t);
   uint64_t words[kWords], bits = 0;
   memcpy(words, &mask.v, sizeof words);
@@ -91,9 +100,25 @@ TRITOOL_PACK TRITOOL_HD bool any(const PackMask<T, N>& mask) {
 }
 TRITOOL_PACK TRITOOL_HD bool all(const PackMask<T, N>& mask) { return !any(!mask); }
 
+// `a > b ? a : b` as one instruction, which the compiler does not make of a select.
+#if defined(__x86_64__)
+TRITOOL_HD Pack<float, 4> max_(const Pack<float, 4>& a, const Pack<float, 4>& b) {
+  return Pack<float, 4>::of(_mm_max_ps(a.v, b.v));
+}
+TRITOOL_HD Pack<double, 2> max_(const Pack<double, 2>& a, const Pack<double, 2>& b) {
+  return Pack<double, 2>::of(_mm_max_pd(a.v, b.v));
+}
+#endif
+#if defined(__AVX2__)
+TRITOOL_HD Pack<float, 8> max_(const Pack<float, 8>& a, const Pack<float, 8>& b) {
+  return Pack<float, 8>::of(_mm256_max_ps(a.v, b.v));
+}
+TRITOOL_HD Pack<double, 4> max_(const Pack<double, 4>& a, const Pack<double, 4>& b) {
+  return Pack<double, 4>::of(_mm256_max_pd(a.v, b.v));
+}
+#endif
 #if defined(__AVX512F__)
-// `a > b ? a : b` as one instruction, which the compiler does not make of a select. Here and below with a mask of all
-// lanes: GCC 12 warns that the plain intrinsics use something uninitialised.
+// Here and below with a mask of all lanes: GCC 12 warns that the plain intrinsics use something uninitialised.
 TRITOOL_HD Pack<float, 16> max_(const Pack<float, 16>& a, const Pack<float, 16>& b) {
   return Pack<float, 16>::of(_mm512_maskz_max_ps(0xffff, a.v, b.v));
 }

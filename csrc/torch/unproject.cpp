@@ -86,10 +86,10 @@ UnprojectParams<In> params_of(const Inputs& inputs, int64_t points, int64_t aggr
   return params;
 }
 
-// The rows, for the device, and the batch of all operands; then scratch, to be kept while the kernels run.
+// The rows, for the device, and the batch of all operands.
 template <class In>
-Tensor set_rows_and_batch(UnprojectParams<In>& params, const Inputs& inputs, const std::vector<int64_t>& batch,
-                          const Tensor& volume, const Tensor* grad_features, const char* op) {
+void set_rows_and_batch(UnprojectParams<In>& params, const Inputs& inputs, const std::vector<int64_t>& batch,
+                        const Tensor& volume, const Tensor* grad_features, const char* op) {
   using Params = UnprojectParams<In>;
   using T = Accumulator<In>;
   const bool on_cpu = inputs.features.is_cpu();
@@ -113,8 +113,16 @@ Tensor set_rows_and_batch(UnprojectParams<In>& params, const Inputs& inputs, con
   for (int o = 0; o < Params::kOperands; ++o) pointers[o] = strides[o].data();
   STD_TORCH_CHECK(set_unproject_batch(params, batch.data(), static_cast<int>(batch.size()), pointers), op,
                   ": more than ", kMaxBatchDims, " batch dimensions that cannot be merged");
-  const ScalarType stored = on_cpu ? accumulator_dtype(inputs.features) : inputs.features.scalar_type();
-  Tensor staged = torch::stable::new_empty(inputs.features, {staged_count(params)}, stored);
+}
+
+// Where the features are staged: scratch, to be kept while the kernels run, or `lent`, if given and large enough.
+template <class In>
+Tensor set_staged(UnprojectParams<In>& params, const Tensor& features, const Tensor* lent) {
+  const ScalarType stored = features.is_cpu() ? accumulator_dtype(features) : features.scalar_type();
+  const int64_t count = staged_count(params);
+  Tensor staged = lent != nullptr && lent->scalar_type() == stored && lent->numel() >= count
+                      ? *lent
+                      : torch::stable::new_empty(features, {count}, stored);
   params.staged = staged.data_ptr();
   return staged;
 }
@@ -144,7 +152,8 @@ Tensor unproject(const Tensor& features, const Tensor& projections, const Tensor
     using In = decltype(element);
     UnprojectParams<In> params = params_of<In>(inputs, points, aggregation, exclude, official);
     params.volume = data_of<In>(volume);
-    const Tensor staged = set_rows_and_batch(params, inputs, batch, volume, nullptr, kOp);
+    set_rows_and_batch(params, inputs, batch, volume, nullptr, kOp);
+    const Tensor staged = set_staged(params, features, nullptr);
     if (features.is_cpu()) {
       const auto& kernels = TRITOOL_PICK_KERNELS(unproject_kernels, In);
       stage_on_cpu(params, kernels);
@@ -184,8 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unproject_backward(const Tensor& grad
     using T = Accumulator<In>;
     UnprojectParams<In> params = params_of<In>(inputs, points, aggregation, exclude, official);
     params.volume = data_of<In>(grad);
-    const Tensor staged =
-        set_rows_and_batch(params, inputs, batch, grad, want_features ? &grad_features : nullptr, kOp);
+    set_rows_and_batch(params, inputs, batch, grad, want_features ? &grad_features : nullptr, kOp);
     UnprojectGradients<In> gradients{};
     gradients.features = want_features ? data_of<In>(grad_features) : nullptr;
     gradients.projections = want_projections ? grad_projections.mutable_data_ptr<T>() : nullptr;
@@ -193,11 +201,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unproject_backward(const Tensor& grad
     gradients.confidences = want_confidences ? grad_confidences.mutable_data_ptr<T>() : nullptr;
     if (want_features) set_strides(gradients.features_stride, grad_features);
     const auto new_scratch = [&](const UnprojectPlan& plan) {
+      // Where the features' gradient is summed elsewhere, its memory is free until the features are not needed any
+      // more.
+      Tensor staged = set_staged(params, features, want_features && !gradients.direct ? &grad_features : nullptr);
       Tensor sums = torch::stable::new_empty(features, {plan.sums_count}, accumulator_dtype(features));
       gradients.sums = sums.mutable_data_ptr<T>();
       Tensor partial = torch::stable::new_empty(features, {plan.partial_bytes}, ScalarType::Byte);
       gradients.partial = partial.data_ptr();
-      return std::make_tuple(sums, partial);
+      return std::make_tuple(staged, sums, partial);
     };
     if (features.is_cpu()) {
       const auto& kernels = TRITOOL_PICK_KERNELS(unproject_kernels, In);
