@@ -108,6 +108,8 @@ def test_forward_mode_raises(case: OpCase, device: str) -> None:
         torch.func.jvp(case.function, tuple(args), tangents)
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"jvp|forward"):
         case.function(*map(forward_ad.make_dual, args, tangents))
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        case.function(*map(forward_ad.make_dual, args, tangents))  # of which no_grad says nothing
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)

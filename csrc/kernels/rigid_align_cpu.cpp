@@ -86,6 +86,25 @@ struct StagedPoints {
   }
 };
 
+// Asks for the sets of the group that comes next: there is much to compute for each point, and the processor's own
+// prefetching loses the thread.
+template <class T, class Params>
+TRITOOL_HD void prefetch_group(const Params& params, int64_t first, int64_t end) {
+  constexpr int64_t kLine = 64;
+  constexpr int N = kLanesOf<T>;
+  if (first >= end || params.points > kMostStaged) return;
+  int64_t offset[N][Params::kOperands];
+  const int lanes = lane_offsets<N>(params.batch, first, end, offset);
+  for (int lane = 0; lane < lanes; ++lane) {
+    const auto* source = reinterpret_cast<const char*>(params.source + offset[lane][Params::kSource]);
+    const auto* target = reinterpret_cast<const char*>(params.target + offset[lane][Params::kTarget]);
+    for (int64_t at = 0; at < params.points * 3 * int64_t(sizeof(T)); at += kLine) {
+      __builtin_prefetch(source + at);
+      __builtin_prefetch(target + at);
+    }
+  }
+}
+
 template <class T>
 void forward(const RigidAlignParams<T>& params, int64_t begin, int64_t end) {
   using Params = RigidAlignParams<T>;
@@ -94,6 +113,7 @@ void forward(const RigidAlignParams<T>& params, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += N) {
     int64_t offset[N][Params::kOperands];
     const int lanes = lane_offsets<N>(params.batch, first, end, offset);
+    prefetch_group<T>(params, first + N, end);
     const LanePoints<T, N> points(params, offset);
     P rotation[3][3], translation[3], scale;
     if (points.count <= kMostStaged)
@@ -193,6 +213,7 @@ void backward(const RigidAlignBackwardParams<T>& params, int64_t begin, int64_t 
       grad_translation[i] = gather_or_zero(translations, i * params.grad_translation_stride);
     }
     const P grad_scale = gather_or_zero(scales, 0);
+    prefetch_group<T>(params, first + N, end);
     const LanePoints<T, N> points(params, offset);
     LaneGradients<T, N> gradients(params, offset, lanes);
     if (points.count <= kMostStaged) {

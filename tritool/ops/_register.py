@@ -11,10 +11,12 @@ defined and raises; it is never silently zero.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from tritool import _native
 
@@ -24,8 +26,9 @@ _LIBRARY = torch.library.Library("tritool", "FRAGMENT")
 _native.available()
 
 
-# Private to torch: without it every call takes the stock, slower path.
+# Private to torch: without them every call takes the stock, slower path.
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
 class Function(torch.autograd.Function):
@@ -41,6 +44,11 @@ class Function(torch.autograd.Function):
         """Calls the op; every argument is given."""
         if _transforms_active():
             return super().apply(*args)
+        if not torch.is_grad_enabled() and getattr(forward_ad, "_current_level", 0) < 0:
+            # Nothing to record, and no tangents to refuse: past the dispatcher's autograd, whose
+            # Python costs more than a frame's points do.
+            with _below_autograd():
+                return cls.forward(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
