@@ -112,6 +112,42 @@ def test_moments_in_every_layout(kernels: Kernels, dims: int) -> None:
         check_moments(kernels, logits, dims, 1.3, seed)
 
 
+@every_float32_kernel
+def test_rows_of_every_length(kernels: Kernels) -> None:
+    """Shorter than the vectors, whole vectors, and some elements more."""
+    rng = np.random.default_rng(10)
+    for width in (*range(1, 36), 47, 48, 49):
+        check_moments(kernels, 3.0 * rng.standard_normal((2, 5, width)), 2, 1.3, width)
+
+
+@every_kernel
+@both_dims
+@pytest.mark.parametrize("order", [1, -1], ids=["rising", "falling"])
+def test_levels_rise_row_by_row(kernels: Kernels, dims: int, order: int) -> None:
+    """Every row, or none but the first, is above all that were seen before it."""
+    rng = np.random.default_rng(11)
+    shape = (3, 20, 19) if dims == 2 else (3, 4, 5, 19)
+    rows = np.arange(20.0)[::order].reshape(*shape[1:-1], 1)
+    check_moments(kernels, 3.0 * rows + rng.random(shape), dims, 1.0, 0)
+
+
+@every_float32_kernel
+def test_a_large_gradient_is_that_of_its_maps(kernels: Kernels) -> None:
+    """Large results are written past the caches, small ones not."""
+    maps = 2 if kernels.backend == CUDA else 35
+    rng = np.random.default_rng(12)
+    logits = rng.standard_normal((maps, 32, 64, 64)).astype(np.float32)
+    assert kernels.backend == CUDA or logits.nbytes > 16 << 20 > logits.nbytes / 5
+    moments = kernels.moments(logits, 3)
+    grads = random_grads(rng, moments)
+    found = kernels.moments_vjp(grads, logits, moments, 3)
+    for some in np.array_split(np.arange(maps), 5):
+        part = kernels.moments_vjp(
+            [grad[some] for grad in grads], logits[some], kernels.moments(logits[some], 3), 3
+        )
+        assert_same_bits(found[some], part)
+
+
 @every_kernel
 def test_a_map_and_its_channels_last_copy_agree(kernels: Kernels) -> None:
     first = np.random.default_rng(1).standard_normal((2, 19, 12, 9)).astype(kernels.dtype)

@@ -293,6 +293,42 @@ def test_a_view_of_confidence_zero_is_absent(
 
 @every_kernel
 @aggregations
+@pytest.mark.parametrize("confidences", [False, True])
+def test_a_voxel_that_no_view_sees_changes_no_other(
+    kernels: Kernels, aggregation: str, confidences: bool
+) -> None:
+    """Voxels that all views see are aggregated without asking each view, if they fill a block."""
+    rng = np.random.default_rng(11)
+    rig = rigs.h36m4()
+    to_map = np.diag([25 / rig.image_size[0], 24 / rig.image_size[1], 1.0])
+    points = rigs.BOX_CENTER + rng.uniform(-300.0, 300.0, (1, 32, 3))
+    seen = Unprojection(
+        rng.standard_normal((1, 4, 18, 24, 25)),
+        (to_map @ rig.projections)[None],
+        points,
+        rng.uniform(0.1, 1.0, (1, 4, 18)) if confidences else None,
+        aggregation=aggregation,
+    ).astype(kernels.dtype)
+    assert not (seen.pixels()[0] < 0).any()
+    moved = points.copy()
+    moved[0, -1] += 1e6
+    other = replace(seen, grid=moved.astype(kernels.dtype))
+    volume, alike = kernels.unproject(seen), kernels.unproject(other)
+    assert_same_bits(volume[..., :-1], alike[..., :-1])
+    assert (volume[..., -1] != alike[..., -1]).any()
+    grad = rng.standard_normal(volume.shape).astype(kernels.dtype)
+    grad[..., -1] = 0
+    gradients = kernels.unproject_vjp(grad, seen, deterministic=True)
+    for have, want in zip(
+        gradients, kernels.unproject_vjp(grad, other, deterministic=True), strict=True
+    ):
+        assert (have is None) == (want is None)
+        if have is not None and want is not None:
+            assert_same_bits(have, want)
+
+
+@every_kernel
+@aggregations
 def test_what_is_not_known_is_nan_without_gradient_and_alone(
     kernels: Kernels, aggregation: str
 ) -> None:
