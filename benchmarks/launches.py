@@ -30,8 +30,9 @@ class Launch:
     own_bytes: int = 0  # that a thread reads several times, side by side with nobody else's
 
 
-# Loops of every kernel. One batch dimension is left of the suites' operands, or none: nothing to
-# take apart. A thread has one item, as no grid of theirs is capped.
+# One batch dimension is left of the suites' operands, or none: nothing to take apart.
+ONE_BATCH_DIMENSION = "offset[o] += item * static_cast<Index>(stride[0][o])"
+# Loops of every kernel. A thread has one item, as no grid of the suites is capped.
 TRIPS = {"for (int d = dims - 1": 0.0, "thread_index()": 1.0, "blockIdx.x": 1.0}
 # Of the Jacobi sweeps (csrc/math/svd3.h) and of the secular equation, which needs "2 or 3 steps"
 # (csrc/math/triangulate.h): here 2, as times are floors.
@@ -43,32 +44,78 @@ def launches_of(op: str, size: str, shape: Mapping[str, int], mode: str) -> list
     """The kernels of a float32 call of the suites, launched as csrc/kernels does."""
     backward = mode == "backward"
     if op.startswith("soft_argmax"):
-        return _soft_argmax(op, shape, backward)
-    if op == "unproject":
-        return _unproject(size, shape, backward)
-    items, views = shape["N"], shape.get("C", 0)
-    name = f"{op}{'_backward' if backward else ''}_kernel<float>"
-    threads = items * views if op == "project" and not backward else items
-    launch = Launch(name, 128, math.ceil(threads / 128), threads)
-    if op == "triangulate":
-        launch.trips = SVD | SECULAR | {"c < views.count": views}
-        launch.own_bytes = 12 * views  # pixels and weights
-        launch.through = ["const T norm = T(1) +"]  # the homogeneous method is the default
-        launch.skip = ["out[4 * i + j] ="]  # projections share their gradient, and want none here
+        found = _soft_argmax(op, shape, backward)
+    elif op == "unproject":
+        found = _unproject(size, shape, backward)
+    elif op == "triangulate":
+        found = [_triangulate(shape["N"], shape["C"], backward)]
     elif op == "project":
-        launch.trips = {"view < params.views": views}
-        launch.skip = ["out[4 * i + j] ="]
+        make = _project_backward if backward else _project
+        found = [make(shape["N"], shape["C"])]
     else:
-        joints = shape["J"]
-        groups = math.ceil(joints / 32)  # kPointsPerSum
-        launch.trips = SVD | {
-            "n < points.count": joints,
-            "first < points.count": groups,
-            "n < end": joints / groups,
-        }
-        launch.through = ["trace = trace +", "const T share = to_scale"]  # with_scale
-        launch.own_bytes = 28 * joints
-    return [launch]
+        found = [_rigid_align(shape["N"], shape["J"], backward)]
+    if op != "unproject" or shape["B"] > 1:
+        for launch in found:
+            launch.through = [*launch.through, ONE_BATCH_DIMENSION]
+    return found
+
+
+def _triangulate(points: int, views: int, backward: bool) -> Launch:
+    return Launch(
+        f"triangulate_{'backward_' if backward else ''}kernel<float>",
+        128,
+        math.ceil(points / 128),
+        points,
+        SVD | SECULAR | {"c < views.count": views},
+        # Projections share their gradient, and want none here.
+        skip=["out[4 * i + j] ="],
+        through=["const T norm = T(1) +"],  # the homogeneous method is the default
+        own_bytes=12 * views,  # pixels and weights
+    )
+
+
+def _project(points: int, views: int) -> Launch:
+    """All points share the matrices: a thread has one view of four of them."""
+    assert views <= 128, "threads have several views"
+    rows = 128 // views
+    blocks = math.ceil(points / (4 * rows))
+    block = views * rows
+    # Threads beyond the last point: less than a block's.
+    threads = math.ceil(points / 4) * views
+    return Launch("project_rig_kernel<float>", block, blocks, threads, {"view < params.views": 1})
+
+
+def _project_backward(points: int, views: int) -> Launch:
+    """The same; a block has copied the matrices, whose gradient the suites do not want."""
+    trips = {"view < params.views": views, "n < params.views * 12": 12 * views / 128}
+    kernel, blocks = "project_backward_rig_kernel<float>", math.ceil(points / 128)
+    return Launch(kernel, 128, blocks, points, trips, dynamic_shared=48 * views)
+
+
+def _rigid_align(sets: int, joints: int, backward: bool) -> Launch:
+    """A warp copies its 32 sets to shared memory: operands without gaps, rows of odd length."""
+    assert joints % 2 == 1, "another copy, row by row"
+    groups = math.ceil(joints / 32)  # kPointsPerSum
+    warp_bytes = 32 * 7 * joints * 4
+    block = next(threads for threads in (128, 64, 32) if threads // 32 * warp_bytes <= 48 << 10)
+    # Turns of the loop that copies 4 times 32 times 16 bytes, on average over operands; gradients
+    # of weights are not wanted.
+    rows = [3 * joints, 3 * joints, joints, *([3 * joints, 3 * joints, 0] if backward else [9])]
+    turns = [math.ceil(32 * length / 4 / 128) for length in rows]
+    trips = SVD | {
+        "first < parts": sum(turns) / len(turns),
+        "row < rows": 0,
+        "i < length": 0,
+        "n < points.count": joints,
+        "first < points.count": groups,
+        "n < end": joints / groups,
+    }
+    name = f"rigid_align_{'backward_' if backward else ''}staged_kernel<float, true>"
+    through = ["trace = trace +", "const T share = to_scale"]  # with_scale
+    skip = ["copy_element(memory[rest], "]  # 32 rows are a multiple of 16 bytes
+    skip += ["params.grad_weights"]  # not wanted
+    dynamic_shared = block // 32 * warp_bytes
+    return Launch(name, block, math.ceil(sets / block), sets, trips, skip, through, dynamic_shared)
 
 
 def _soft_argmax(op: str, shape: Mapping[str, int], backward: bool) -> list[Launch]:

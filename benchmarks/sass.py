@@ -154,11 +154,13 @@ def unrolled(inside: int, outside: int) -> float:
     """How many times a loop's body was copied into it, if so many accesses are in it and beside it.
 
     The rest of a trip count is done by code of the same source beside the loop: by one more loop,
-    with one copy, or by one copy less than in the loop, in steps.
+    with one copy, or by one copy less than in the loop, in steps. Where that would make less than
+    two copies, the compiler has doubled code for another reason.
     """
     if outside == 0:
         return 1
-    return inside / outside if inside % outside == 0 else inside / (inside - outside)
+    copies = inside / outside if inside % outside == 0 else inside / (inside - outside)
+    return copies if copies >= 2 else 1
 
 
 def count(

@@ -7,6 +7,7 @@ The bounds on float32 are those of docs/ops/triangulate.md.
 from __future__ import annotations
 
 import functools
+import mmap
 from typing import Any
 
 import numpy as np
@@ -495,6 +496,59 @@ def test_project_reads_batches_through_their_strides(kernels: Kernels) -> None:
             for a, b in zip(some, gradients, strict=True):
                 if a is not None:
                     assert_same_bits(a, b)
+
+
+@every_kernel
+@pytest.mark.parametrize("views", [1, 3, 4, 31, 130, 300])
+def test_a_shared_rig_is_no_other_than_one_each(kernels: Kernels, views: int) -> None:
+    """Kernels of their own serve it on CUDA, of 32-bit offsets; also the gradient to points."""
+    rng = np.random.default_rng(11)
+    rig = np.resize(rigs.h36m4().projections, (views, 3, 4)) * rng.uniform(
+        0.99, 1.01, (views, 1, 1)
+    )
+    for batch in ((), (1,), (5,), (131,), (3, 7)):
+        points, projections = kernels.cast(rng.uniform(-900, 900, (*batch, 3)), rig)
+        own = np.broadcast_to(projections, (*batch, views, 3, 4)).copy()
+        pixels = kernels.project(points, projections)
+        assert_same_bits(pixels, kernels.project(points, own))
+        grad = rng.standard_normal(pixels.shape).astype(kernels.dtype)
+        expected, _ = kernels.project_vjp(grad, points, own)
+        odd = np.empty(grad.size + 1, kernels.dtype)[1:].reshape(grad.shape)  # no pairs are aligned
+        odd[...] = grad
+        for them in (
+            grad,
+            odd,
+            grad[..., ::-1].copy()[..., ::-1],
+            np.repeat(grad, 2, -2)[..., ::2, :],
+        ):
+            found, none = kernels.project_vjp(them, points, projections, want_projections=False)
+            assert none is None
+            assert_same_bits(found, expected)
+        # Every other point of a tensor, and its coordinates last to first.
+        strided = np.repeat(points[..., None, ::-1], 2, -2)[..., 0, ::-1]
+        assert_same_bits(kernels.project(strided, projections), pixels)
+        found, _ = kernels.project_vjp(grad, strided, projections, want_projections=False)
+        assert_same_bits(found, expected)
+
+
+@every_kernel
+def test_offsets_go_beyond_32_bits(kernels: Kernels) -> None:
+    """Points far apart in memory of which next to nothing exists."""
+    size, far = np.dtype(kernels.dtype).itemsize, 2**31 + 6
+    reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux
+    memory = mmap.mmap(-1, (far + 6) * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve)
+    points, projections = kernels.cast(np.arange(6.0).reshape(2, 3), rigs.h36m4().projections)
+    apart = np.ndarray((2, 3), kernels.dtype, memory, strides=(far * size, size))
+    apart[...] = points
+    pixels = kernels.project(points, projections)
+    assert np.isfinite(pixels).all()
+    assert_same_bits(kernels.project(apart, projections), pixels)
+    expected, _ = kernels.project_vjp(pixels, points, projections, want_projections=False)
+    found, _ = kernels.project_vjp(pixels, apart, projections, want_projections=False)
+    assert_same_bits(found, expected)
+    wide = np.ndarray((2, 3), kernels.dtype, memory, strides=(size, far // 2 * size))
+    wide[...] = points
+    assert_same_bits(kernels.project(wide, projections), pixels)
 
 
 def test_the_bridge_refuses_what_does_not_fit() -> None:

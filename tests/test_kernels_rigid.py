@@ -471,6 +471,43 @@ def test_reads_batches_through_their_strides(kernels: Kernels, with_scale: bool)
 
 
 @every_kernel
+@pytest.mark.parametrize("points", [0, 1, 2, 3, 4, 16, 17, 27, 28, 54, 55, 70])
+def test_any_number_of_points_by_any_way(kernels: Kernels, points: int) -> None:
+    """On CUDA shared memory holds the smaller sets; they come there in several ways."""
+    rng = np.random.default_rng(10)
+    for count in (1, 5, 37, 130):
+        sets = kernels.cast(*point_sets("generic", count, points))
+        grads = tuple(kernels.cast(*gradients_for(rng, (count,))))
+        odd = []  # not aligned to 16 bytes
+        for array in sets:
+            odd.append(np.empty(array.size + 1, kernels.dtype)[1:].reshape(array.shape))
+            odd[-1][...] = array
+        for weighted in (True, False):
+            arguments = sets if weighted else sets[:2]
+            expected = kernels.rigid_align(*arguments)
+            gradients = kernels.rigid_align_vjp(grads, *arguments)
+            assert (gradients[2] is not None) == weighted
+            if points > 3:
+                assert np.isfinite(expected.rotation).all()
+            for others in (
+                odd,
+                [np.asfortranarray(a) for a in sets],
+                [a[::-1].copy()[::-1] for a in sets],
+            ):
+                mixed = [sets[0], *others[1:]]  # one operand without gaps, the others not
+                for them in (others, mixed):
+                    them = them if weighted else them[:2]
+                    assert_same_bits(kernels.rigid_align(*them), expected)
+                    assert_same_bits(kernels.rigid_align_vjp(grads, *them), gradients)
+            alone = [a[count // 2] for a in arguments]
+            one = kernels.rigid_align(*alone)
+            assert_same_bits(tuple(one), tuple(a[count // 2] for a in expected))
+            shared = kernels.rigid_align_vjp(grads, alone[0], *arguments[1:])
+            copies = np.broadcast_to(alone[0], sets[0].shape).copy()
+            assert_same_bits(shared, kernels.rigid_align_vjp(grads, copies, *arguments[1:]))
+
+
+@every_kernel
 def test_does_not_depend_on_who_computes_it(kernels: Kernels) -> None:
     for count, points in ((1, 17), (37, 5), (100, 40)):
         sets = PointSets(*kernels.cast(*point_sets("generic", count, points)))

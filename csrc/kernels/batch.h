@@ -24,15 +24,35 @@ struct Batch {
   int64_t size[kMaxBatchDims] = {};
   int64_t stride[kMaxBatchDims][kOperands] = {};
 
-  TRITOOL_BATCH_HD void offsets(int64_t item, int64_t (&offset)[kOperands]) const {
+  // Index: int64_t, or int32_t where neither the items nor any operand's offsets go beyond it (see fits_int32).
+  template <class Index>
+  TRITOOL_BATCH_HD void offsets(Index item, Index (&offset)[kOperands]) const {
     for (int o = 0; o < kOperands; ++o) offset[o] = 0;
-    for (int d = dims - 1; d >= 0; --d) {
-      // The outermost dimension holds what is left: one division less, and none in the usual one-dimensional case.
-      const int64_t rest = d == 0 ? 0 : item / size[d];
-      const int64_t index = item - rest * size[d];
+#if defined(__CUDACC__)
+#pragma unroll 1  // seldom runs at all; copies of a 64-bit division would only make kernels long
+#endif
+    for (int d = dims - 1; d > 0; --d) {
+      const Index rest = item / static_cast<Index>(size[d]);
+      const Index index = item - rest * static_cast<Index>(size[d]);
       item = rest;
-      for (int o = 0; o < kOperands; ++o) offset[o] += index * stride[d][o];
+      for (int o = 0; o < kOperands; ++o) offset[o] += index * static_cast<Index>(stride[d][o]);
     }
+    if (dims == 0) return;
+    // The outermost dimension holds what is left, without a division.
+    for (int o = 0; o < kOperands; ++o) offset[o] += item * static_cast<Index>(stride[0][o]);
+  }
+
+  // Whether int32_t holds the number of items and every offset of the operand, and as much as `within` further.
+  bool fits_int32(int operand, int64_t within) const {
+    constexpr int64_t kLimit = 2147483647;
+    int64_t reach = within < 0 ? -within : within;
+    bool fits = count <= kLimit && reach <= kLimit;
+    for (int d = 0; d < dims && fits; ++d) {
+      const int64_t step = stride[d][operand] < 0 ? -stride[d][operand] : stride[d][operand];
+      fits = size[d] <= 1 || step <= (kLimit - reach) / (size[d] - 1);
+      if (fits && size[d] > 1) reach += step * (size[d] - 1);
+    }
+    return fits;
   }
 };
 

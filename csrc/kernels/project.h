@@ -23,7 +23,7 @@ struct ProjectParams {
   enum Operand { kPoints, kProjections, kPixels, kOperands };
   const T* points;
   const T* projections;
-  T* pixels;  // out, each [C, 2] contiguous
+  T* pixels;  // out, each [C, 2] contiguous, aligned to a whole pixel
   Batch<kOperands> batch;
   int views;
   int64_t points_stride;          // coordinate

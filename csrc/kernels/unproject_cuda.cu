@@ -144,13 +144,15 @@ __device__ __forceinline__ const In* feature_rows(const UnprojectParams<In>& par
                             : params.features + offset[Params::kFeatures];
 }
 
-// The confidence of a view in one channel; 1 beyond the channels and where there are none.
-template <class In>
-__device__ __forceinline__ Accumulator<In> confidence_of(const UnprojectParams<In>& params, const int64_t* offset,
-                                                         int view, int64_t channel) {
-  if (params.confidences == nullptr || channel >= params.channels) return Accumulator<In>(1);
-  return params.confidences[offset[UnprojectParams<In>::kConfidences] + view * params.confidences_stride[0] +
-                            channel * params.confidences_stride[1]];
+// The confidences of a view in kWidth channels; 1 beyond the channels and where there are none.
+template <int kWidth, class In, class T = Accumulator<In>>
+__device__ __forceinline__ void load_confidences(const UnprojectParams<In>& params, const int64_t* offset, int view,
+                                                 int64_t channel, T (&confidence)[kWidth]) {
+  for (int n = 0; n < kWidth; ++n) confidence[n] = T(1);
+  if (params.confidences == nullptr) return;
+  const T* from = params.confidences + offset[UnprojectParams<In>::kConfidences] + view * params.confidences_stride[0];
+  for (int n = 0; n < kWidth; ++n)
+    if (channel + n < params.channels) confidence[n] = from[(channel + n) * params.confidences_stride[1]];
 }
 
 // One thread's channels of one voxel.
@@ -165,12 +167,13 @@ __device__ __forceinline__ void aggregate(const UnprojectParams<In>& params, con
     if (!sight.seen && !sight.unknown && params.exclude) continue;
     T value[kWidth] = {};
     if (sight.seen) sample(features + view * params.rows.view, sight.footprint, params.width, params.rows.row, value);
+    T confidence[kWidth];
+    load_confidences(params, offset, view, channel, confidence);
     for (int n = 0; n < kWidth; ++n) {
-      const T confidence = confidence_of(params, offset, view, channel + n);
       if (sight.unknown)
-        result[n].add_unknown(confidence);
+        result[n].add_unknown(confidence[n]);
       else
-        result[n].add(value[n], confidence);
+        result[n].add(value[n], confidence[n]);
     }
   }
 }
@@ -429,16 +432,17 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>)
           const bool takes_part = there && !sight.unknown && (sight.seen || !params.exclude);
           if (takes_part) {
             const In* map = feature_rows(params, offset) + view * params.rows.view + channel;
-            T value[kWidth] = {}, grad_value[kWidth];
+            T value[kWidth] = {}, grad_value[kWidth], confidence[kWidth];
             if (sight.seen) sample(map, footprint, params.width, params.rows.row, value);
+            load_confidences(params, offset, view, channel, confidence);
             for (int n = 0; n < kWidth; ++n) {
-              const T confidence = confidence_of(params, offset, view, channel + n);
-              const T factor = result_of[n].factor_of(value[n], confidence);
-              const T slope = result_of[n].value_slope(value[n], confidence, factor, result[n]);
+              const T factor = result_of[n].factor_of(value[n], confidence[n]);
+              const T slope = result_of[n].value_slope(value[n], confidence[n], factor, result[n]);
               grad_value[n] = linear[n] == T(0) ? T(0) : linear[n] * slope;
               if (confident && grad[n] != T(0))
-                share[n] = grad[n] * result_of[n].confidence_slope(value[n], confidence, factor, result[n]);
+                share[n] = grad[n] * result_of[n].confidence_slope(value[n], confidence[n], factor, result[n]);
             }
+#pragma unroll  // or the footprint, indexed by the tap, would lie in local memory
             for (int tap = 0; sight.seen && tap < 4; ++tap) {
               const int i = tap % 2, j = tap / 2;
               const unsigned at = tap_offset(footprint, tap, params.width, params.rows.row);

@@ -43,14 +43,16 @@ TRITOOL_HD void project_point_vjp(const T (&point)[3], const T (&matrix)[3][4], 
   const T inverse = T(1) / projection.depth;
   const T grad_image[3] = {grad[0] * inverse, grad[1] * inverse,
                            (T(0) - (grad[0] * projection.pixel[0] + grad[1] * projection.pixel[1])) * inverse};
+  T sum[3] = {grad_point[0], grad_point[1], grad_point[2]};
   for (int i = 0; i < 3; ++i) {
     const T g = select(projection.visible, grad_image[i], T(0));
     for (int j = 0; j < 3; ++j) {
       grad_matrix[i][j] = g * select(projection.visible, point[j], T(0));
-      grad_point[j] = grad_point[j] + g * select(projection.visible, matrix[i][j], T(0));
+      sum[j] = sum[j] + grad_image[i] * matrix[i][j];
     }
     grad_matrix[i][3] = g;
   }
+  for (int j = 0; j < 3; ++j) grad_point[j] = select(projection.visible, sum[j], grad_point[j]);
 }
 
 TRITOOL_MATH_END

@@ -20,6 +20,13 @@
 #include "math/scalar.h"
 #include "math/svd3.h"
 
+// Before a loop over points: nvcc takes one at a time by itself, and spends much on finding each.
+#if defined(__CUDACC__)
+#define TRITOOL_UNROLL_POINTS _Pragma("unroll 4")
+#else
+#define TRITOOL_UNROLL_POINTS
+#endif
+
 TRITOOL_MATH_BEGIN
 
 // A source point, where it should go, and how much that matters.
@@ -140,6 +147,7 @@ TRITOOL_HD void find_means(const Points& points, RigidAlignment<T>& solution) {
   for (int first = 0; first < points.count; first += kPointsPerSum) {
     const int end = points.count - first < kPointsPerSum ? points.count : first + kPointsPerSum;
     T group = T(0), source[3] = {T(0), T(0), T(0)}, target[3] = {T(0), T(0), T(0)};
+    TRITOOL_UNROLL_POINTS
     for (int n = first; n < end; ++n) {
       const Correspondence<T> point = points(n);
       const auto present = is_present(point);
@@ -207,6 +215,7 @@ TRITOOL_HD RigidAlignment<T> align(const Points& points, bool with_scale) {
     T group[3][3], source = T(0), target = T(0);
     for (int i = 0; i < 3; ++i)
       for (int j = 0; j < 3; ++j) group[i][j] = T(0);
+    TRITOOL_UNROLL_POINTS
     for (int n = first; n < end; ++n) {
       const Correspondence<T> point = points(n);
       const auto present = is_present(point);
@@ -338,6 +347,7 @@ TRITOOL_HD void rigid_align_points_vjp(const Points& points, bool with_scale, co
       for (int j = 0; j < 3; ++j) to_moment[i][j] = to_moment[i][j] + share * r[i][j];
   }
 
+  TRITOOL_UNROLL_POINTS
   for (int n = 0; n < points.count; ++n) {
     const Correspondence<T> point = points(n);
     const auto present = is_present(point);
@@ -361,3 +371,5 @@ TRITOOL_HD void rigid_align_points_vjp(const Points& points, bool with_scale, co
 }
 
 TRITOOL_MATH_END
+
+#undef TRITOOL_UNROLL_POINTS

@@ -72,6 +72,9 @@ const std::vector<GeometryCase> kGeometryCases{
     {{5, 0}, {5, 1}, 2, 0},
     {{300}, {1}, 0, 0},
     {{40}, {1}, 1, 7},
+    {{70}, {1}, 31, 0},  // blocks of the CUDA kernels that are no multiple of a warp
+    {{5}, {1}, 130, 0},  // more views than a block has threads
+    {{3}, {1}, 300, 0},  // more than shared memory holds
 };
 
 template <class T>
@@ -166,10 +169,11 @@ struct AlignmentCase {
   int64_t points;
 };
 
-// Partial warps and lanes; sets that the CPU keeps in its cache and larger ones; sums in one group and in several.
+// Partial warps and lanes; sets that the CPU keeps in its cache, or a GPU in shared memory, and larger ones; even and
+// odd numbers of points; sums in one group and in several.
 const std::vector<AlignmentCase> kAlignmentCases{
-    {{}, 4},    {{1}, 17}, {{33}, 5},   {{70}, 17}, {{3, 37}, 8}, {{2, 3, 5}, 32}, {{19}, 33},
-    {{5}, 100}, {{0}, 3},  {{5, 0}, 4}, {{40}, 0},  {{40}, 1},    {{40}, 2},
+    {{}, 4},  {{1}, 17},   {{33}, 5}, {{70}, 17}, {{3, 37}, 8}, {{2, 3, 5}, 32}, {{19}, 33}, {{5}, 100},
+    {{0}, 3}, {{5, 0}, 4}, {{40}, 0}, {{40}, 1},  {{40}, 2},    {{35}, 16},      {{35}, 27}, {{35}, 54},
 };
 
 template <class T>

@@ -474,6 +474,9 @@ void test_batches() {
       for (int64_t item = 0; item < count; ++item) {
         int64_t offset[3];
         batch.offsets(item, offset);
+        int32_t narrow[3];
+        batch.offsets(static_cast<int32_t>(item), narrow);
+        CHECK(narrow[0] == offset[0] && narrow[1] == offset[1] && narrow[2] == offset[2]);
         // Operand 1 tells the multi-index, and that the offsets of the others.
         int64_t expected[2] = {0, 0};
         for (int d = 0; d < dims; ++d) {
@@ -525,6 +528,22 @@ void test_batches() {
   CHECK(!make_batch(size, 9, pointers, batch));
 }
 
+void test_offsets_that_fit_int32() {
+  constexpr int64_t kMost = 2147483647;
+  const auto fits = [](std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, int64_t within) {
+    Batch<1> batch;
+    const int64_t* const pointers[1] = {strides.begin()};
+    CHECK(make_batch(sizes.begin(), static_cast<int>(sizes.size()), pointers, batch));
+    return batch.fits_int32(0, within);
+  };
+  CHECK(fits({}, {}, kMost) && !fits({}, {}, kMost + 1) && !fits({}, {}, -kMost - 1));
+  CHECK(fits({2}, {kMost}, 0) && !fits({2}, {kMost}, 1) && !fits({2}, {kMost + 1}, 0));
+  CHECK(fits({2}, {-kMost}, 0) && !fits({2}, {-kMost}, 1));
+  CHECK(fits({1}, {kMost + 1}, 6) && fits({0, 5}, {kMost + 1, 1}, 6));  // never taken
+  CHECK(fits({3, 5}, {kMost / 2 - 10, 5}, 1) && !fits({3, 5}, {kMost / 2 - 10, 5}, 2));
+  CHECK(fits({kMost}, {0}, 2) && !fits({kMost + 1}, {0}, 2));  // the items themselves
+}
+
 }  // namespace
 
 int main() {
@@ -541,6 +560,7 @@ int main() {
   test_half<Float16>(10);
   test_half<BFloat16>(7);
   test_batches();
+  test_offsets_that_fit_int32();
   for (const auto& [name, error] : testing::worst)
     std::printf("%-26s <v, J u> and <J^T v, u> agree to %.1e\n", name.c_str(), error);
   cpu::baseline::test_lanes();
