@@ -158,12 +158,16 @@ def _to_world(moments: Moments, volumes: Tensor, grid: VoxelGrid) -> Moments:
     dtype = torch.promote_types(moments.mean.dtype, grid.dtype)
     grid = grid.to(dtype)
     mean, covariance, log_partition = moments
+
+    def to_world(index: Tensor) -> Tensor:
+        return grid.to_world(index if volumes.dim() > 3 else index[None]).reshape(mean.shape)
+
+    if covariance.dim() <= 1 and not (grid.origin.requires_grad or grid.axes.requires_grad):
+        return Moments(to_world(mean.to(dtype)), covariance, log_partition)  # NaN stays NaN
     # A map without a mean goes through as 0, or its NaN would reach the gradient of the grid as 0 *
     # NaN.
     valid = ~mean.isnan().any(-1, keepdim=True)
-    index = torch.where(valid, mean, 0).to(dtype)
-    world = grid.to_world(index if volumes.dim() > 3 else index[None])
-    world = torch.where(valid, world.reshape(mean.shape), torch.nan)
+    world = torch.where(valid, to_world(torch.where(valid, mean, 0).to(dtype)), torch.nan)
     if covariance.dim() > 1:
         axes = grid.axes.reshape(-1, *(1,) * max(volumes.dim() - 4, 0), 3, 3)
         spread = torch.where(valid[..., None], covariance, 0).to(dtype)
