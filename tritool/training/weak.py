@@ -199,7 +199,7 @@ class WeakTask(Task):
         if after < 0:
             return {"alpha": 0.0, "psi": 0.0, "bending": 0.0}
         if after < settings.bending_steps:
-            return {"alpha": 0.0, "psi": settings.psi, "bending": settings.bending}
+            return {"alpha": 0.0, "psi": 0.0, "bending": settings.bending}
         return {"alpha": settings.alpha, "psi": settings.psi, "bending": 0.0}
 
     def _labels(self, batch: Batch, images: Tensor) -> tuple[Tensor, Tensor]:

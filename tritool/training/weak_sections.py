@@ -91,7 +91,8 @@ class WeakSupervision:
     """Heat maps, agreement of views and limb lengths: `tritool.losses.weak_total`.
 
     In the order of a run: `pretrain_steps` with heat maps alone, `bending_steps` with the bending
-    prior in place of the agreement of views, and the rest without it.
+    prior beside them, and the rest with views and limbs in its place. Limb lengths say nothing of a
+    depth's sign and hold on to whatever it is: they wait until the prior has chosen.
 
     Attributes:
         heatmap_weight: Factor of the heat maps; 0: no 2D label is used.
