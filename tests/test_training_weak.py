@@ -283,7 +283,7 @@ def test_phases() -> None:
     active = [{name for name, term in terms.items() if term != 0} for _, terms in found]
     maps = {"heatmaps"}
     assert active[:2] == [maps] * 2
-    assert active[2:5] == [maps | {"limbs", "bending"}] * 3
+    assert active[2:5] == [maps | {"bending"}] * 3
     assert active[5:] == [maps | {"consistency", "limbs"}] * 2
     assert all(terms.keys() == found[0][1].keys() for _, terms in found)
     for loss, terms in found:
@@ -716,7 +716,7 @@ def test_a_run_without_3d_labels(tmp_path: Path) -> None:
     active = [[line[name] > 0 for name in terms] for line in curve]
     assert active == [
         [True, False, False, False],
-        [True, False, True, True],
+        [True, False, False, True],
         [True, True, True, False],
     ]
     for line in curve:

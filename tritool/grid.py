@@ -152,8 +152,8 @@ class VoxelGrid:
             [B, ..., 3], world units.
         """
         origin, axes = self._frame_for(index, "index")
-        # Few operations, as there are few points and each is a launch; a matmul would round to TF32.
-        return origin + (index[..., :, None] * axes).sum(-2)
+        i, j, k = index[..., :1], index[..., 1:2], index[..., 2:]
+        return origin + i * axes[..., 0, :] + j * axes[..., 1, :] + k * axes[..., 2, :]
 
     def to_index(self, world: Tensor) -> Tensor:
         """Voxel indices of world coordinates, the inverse of `to_world`.
