@@ -18,7 +18,7 @@ from bench import MODES, Json
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 MODE_NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
-NETWORKS = "networks"
+NETWORKS, CALLS = "networks", "calls"
 SUITE_ORDER = ("ops", "ops-all-threads", "ops-default-malloc")
 
 
@@ -37,11 +37,11 @@ def load(folder: Path, version: str | None = None) -> list[Json]:
         raise SystemExit(f"report.py: no results of version {version or 'any'} in {folder}")
     chosen = folder / version if version else versions[-1]
     results = [json.loads(path.read_text()) for path in sorted(chosen.glob("*.json"))]
-    # Training steps have tables of their own; studies write theirs themselves.
+    # Training steps and small calls have tables of their own; studies write theirs themselves.
     results = [
         result
         for result in results
-        if result["suite"] != NETWORKS and not result["suite"].startswith("study-")
+        if result["suite"] not in (NETWORKS, CALLS) and not result["suite"].startswith("study-")
     ]
 
     def order(result: Json) -> tuple[int, str, str]:
@@ -52,9 +52,9 @@ def load(folder: Path, version: str | None = None) -> list[Json]:
     return sorted(results, key=order)
 
 
-def load_networks(folder: Path, version: str) -> list[Json]:
-    """The training steps of networks that were measured with a version."""
-    found = sorted((folder / version).glob(f"{NETWORKS}--*.json"))
+def load_suite(folder: Path, version: str, suite: str) -> list[Json]:
+    """What was measured of one of the suites with tables of their own, with a version."""
+    found = sorted((folder / version).glob(f"{suite}--*.json"))
     return [json.loads(path.read_text()) for path in found]
 
 
@@ -298,7 +298,12 @@ def targets_section(result: Json) -> str:
     return "\n\n".join(["### Against the targets", table(header, rows, left=4), BOUNDS])
 
 
-def docs_page(results: Sequence[Json], image: str, networks: Sequence[Json] = ()) -> str:
+def docs_page(
+    results: Sequence[Json],
+    image: str,
+    networks: Sequence[Json] = (),
+    calls: Sequence[Json] = (),
+) -> str:
     parts = [METHOD, f"![Speed-up over the fastest accurate plain PyTorch version]({image})\n"]
     for result in results:
         parts.append(f"## {result['suite']}: {processor(result)}\n")
@@ -308,8 +313,36 @@ def docs_page(results: Sequence[Json], image: str, networks: Sequence[Json] = ()
         for case in result["cases"]:
             parts.append(f"### {case['op']}, {case['size']}\n")
             parts.append(case_section(case) + "\n")
+    parts += map(calls_section, calls)
     parts += map(networks_section, networks)
     return "\n".join(parts)
+
+
+def calls_section(result: Json) -> str:
+    """What each function costs where there is next to nothing to compute."""
+    rows = [
+        [
+            f"`{row['name']}`",
+            *(
+                text
+                for mode in ("no_grad", "forward_backward")
+                for text in (
+                    number(1e3 * row[mode]["median_ms"]),
+                    number(row[mode]["ratio"]),
+                )
+            ),
+        ]
+        for row in result["calls"]
+    ]
+    header = ["function", "no grad us", "ratio", "fwd + bwd us", "ratio"]
+    return "\n\n".join([
+        f"## Small calls: {processor(result)}",
+        "One frame of one person (17 joints, 4 views), or inputs as small: what is left is the "
+        "cost of a call, beside PyTorch functions that check their arguments as well. Medians; "
+        f"ratios are to `{result['reference']}` in the same round.",
+        f"{caption(result)}.",
+        table(header, rows, left=1),
+    ]) + "\n"  # fmt: skip
 
 
 def networks_section(result: Json) -> str:
@@ -477,12 +510,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     results = load(options.results, options.version)
     version = results[0]["environment"]["tritool"]["tritool"]
-    networks = load_networks(options.results, version)
+    networks, calls = (load_suite(options.results, version, suite) for suite in (NETWORKS, CALLS))
     image = options.docs / "images" / "benchmark.png"
     page = options.docs / "benchmarks.md"
     texts = {
         options.readme: with_block(options.readme.read_text(), readme_block(results)),
-        page: docs_page(results, "images/benchmark.png", networks),
+        page: docs_page(results, "images/benchmark.png", networks, calls),
     }
     if options.check:
         stale = [

@@ -32,9 +32,12 @@ project_einsum = import_module("rivals.project").project_einsum
 triangulate_case = import_module("suites.triangulate").triangulate_case
 
 Json = dict[str, Any]
+calls = import_module("calls")
 networks = import_module("networks")
 studies = import_module("studies")
+PAGE = ROOT / "docs" / "benchmarks.md"
 COMMITTED = sorted((BENCHMARKS / "results").glob("*/ops*.json"))
+COMMITTED_CALLS = sorted((BENCHMARKS / "results").glob("*/calls--*.json"))
 COMMITTED_NETWORKS = sorted((BENCHMARKS / "results").glob("*/networks--*.json"))
 
 
@@ -475,6 +478,46 @@ def test_settings_of_all_studies_are_known() -> None:
     for arms in studies.STUDIES.values():
         for arm in (*arms, studies.START):
             load_config("small-weak", overrides=arm.settings)
+
+
+def check_calls(result: Json) -> None:
+    assert (result["schema"], result["suite"]) == (calls.SCHEMA, "calls")
+    names = [row["name"] for row in result["calls"]]
+    assert names == list(calls.functions("cpu"))
+    assert names[0] == result["reference"]
+    for row in result["calls"]:
+        for mode in ("no_grad", "forward_backward"):
+            assert 0 < row[mode]["q1_ms"] <= row[mode]["median_ms"] <= row[mode]["q3_ms"]
+    section = report.calls_section(result)
+    assert all(f"`{name}`" in section for name in names)
+
+
+@pytest.mark.parametrize("path", COMMITTED_CALLS, ids=lambda path: path.stem)
+def test_committed_calls(path: Path) -> None:
+    result = json.loads(path.read_text())
+    check_calls(result)
+    assert not result["quick"]
+    assert f"## Small calls: {report.processor(result)}" in PAGE.read_text()
+
+
+def test_calls_quick_run_end_to_end(tmp_path: Path) -> None:
+    output = tmp_path / "calls.json"
+    assert calls.main(["--quick", "--output", str(output)]) == 0
+    check_calls(json.loads(output.read_text()))
+
+
+def test_targets_stand_beside_what_was_reached() -> None:
+    """In bold where they were not; nothing where none of the sizes was measured."""
+    row = lambda name, kind, ratio: {  # noqa: E731
+        "name": name, "kind": kind, "accurate": True,
+        "times": {"forward": times(1.0, ratio), "forward_backward": times(1.0, ratio / 2)},
+    }  # fmt: skip
+    variants = [row("tritool", "tritool", 1.0), row("a", "pytorch", 9.0), row("b", "package", 1.5)]
+    case = {"op": "soft_argmax2d", "size": "4x4x17x96x96", "variants": variants}
+    lines = report.targets_section({"cases": [case]}).splitlines()
+    assert "| `soft_argmax2d` | 4x4x17x96x96 | forward | a | 5x | 9x |" in lines
+    assert "| `soft_argmax2d` | 4x4x17x96x96 | forward + backward | a | 5x | **4.5x** |" in lines
+    assert report.targets_section({"cases": [case | {"size": "another"}]}) == ""
 
 
 def test_the_committed_study_is_in_the_readme() -> None:
