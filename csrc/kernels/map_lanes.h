@@ -56,7 +56,8 @@ TRITOOL_HD void store_lanes(In* to, int64_t stride, int lanes, const P& pack) {
   }
   Real<P> values[P::kLanes];
   memcpy(values, &pack.v, sizeof values);
-  for (int lane = 0; lane < lanes; ++lane) store(to + lane * stride, values[lane]);
+  for (int lane = 0; lane < P::kLanes; ++lane)
+    if (lane < lanes) store(to + lane * stride, values[lane]);
 }
 
 template <class P>
