@@ -260,18 +260,17 @@ TARGETS = (
 BOUNDS = """\
 What stands between these and their targets, and what was tried:
 
-- `unproject` reads 2 KiB of features for every voxel (four views, four pixels of 32 channels), most
-  of them from the second-level cache, and takes 128 exponentials for a softmax; the backward does
-  all of that again and then adds as much to the gradient. Tried and kept: blocks of voxels side by
-  side, which see the same pixels; no question to a view where all views see the whole block;
-  results written past the caches. Tried and dropped: blocks of 32 voxels (slower), the number of
-  views known to the compiler (no faster than a loop without questions).
+- `unproject` reads 2 KiB of features for every voxel (four views, four pixels of 32 channels) and
+  takes 128 exponentials for a softmax; the backward does all of that again and then adds as much to
+  the gradient. Tried and kept: blocks of voxels side by side, which see the same pixels; no question
+  to a view where all views see the whole block; results written past the caches. Tried and dropped:
+  blocks of 32 voxels (slower), the number of views known to the compiler (no faster than a loop
+  without questions).
 - `soft_argmax*` is an exponential for each element and the walk through memory. Tried and kept: one
-  pass over each row in place of two; prefetching, which makes large volumes twice as fast;
-  gradients of large volumes written past the caches. The backward reads the logits again and writes
-  as much, without anything that PyTorch's backward has to do besides: its ratio is lower.
-- `rigid_align` and `triangulate` compute: rotations and roots, 16 sets a vector. Tried and kept:
-  prefetching the next sets, which are read by 16 lanes at once.
+  pass over each row in place of two; prefetching; gradients of large volumes written past the
+  caches. The backward reads the logits again and writes as much.
+- `rigid_align`: tried and kept, prefetching the next sets. What bounds it, and the backward of
+  `triangulate` for many views, has not been measured.
 """
 
 
@@ -357,7 +356,8 @@ def networks_section(result: Json) -> str:
                 number(times["ratio"]), number(row["peak_memory_mib"]),
             ])  # fmt: skip
     header = ["network", "geometry", "step ms", "ratio", "peak MiB"]
-    commit = (result["environment"]["git"]["commit"] or "unknown")[:10]
+    git = result["environment"]["git"]
+    commit = (git["commit"] or "unknown")[:10] + (" with changes" if git["dirty"] else "")
     return "\n\n".join([
         f"## Training steps of networks: {processor(result)}",
         "One step: forward, loss, backward, Adam; float32, images on the device. The versions "

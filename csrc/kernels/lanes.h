@@ -67,7 +67,7 @@ TRITOOL_HD void fence_streams() {
 }
 
 // Asks for what a loop that walks through memory reads next but a few. The processor's own prefetching does not keep
-// up where there is as much to compute as in a softmax: without this, a pass over a large volume takes twice the time.
+// up where there is as much to compute as in a softmax.
 TRITOOL_HD void prefetch(const void* address) {
   constexpr int kBytesAhead = 2048;
   __builtin_prefetch(static_cast<const char*>(address) + kBytesAhead);
