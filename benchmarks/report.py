@@ -262,8 +262,8 @@ What stands between these and their targets, and what was tried:
 
 - `unproject` reads 2 KiB of features for every voxel (four views, four pixels of 32 channels) and
   takes 128 exponentials for a softmax; the backward does all of that again and then adds as much to
-  the gradient. Tried and kept: blocks of voxels side by side, which see the same pixels; no question
-  to a view where all views see the whole block; results written past the caches. Tried and dropped:
+  the gradient. Tried and kept: blocks of voxels side by side, which see the same pixels; no
+  question to a view where all views see the whole block; results written past the caches. Dropped:
   blocks of 32 voxels (slower), the number of views known to the compiler (no faster than a loop
   without questions).
 - `soft_argmax*` is an exponential for each element and the walk through memory. Tried and kept: one
