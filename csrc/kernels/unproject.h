@@ -20,6 +20,7 @@
 #include "kernels/batch.h"
 #include "kernels/isa.h"
 #include "math/half.h"
+#include "math/unproject.h"
 
 struct CUstream_st;
 
@@ -30,6 +31,10 @@ struct UnprojectRows {
   bool staged;   // scratch; else the tensor itself is laid out so
   int64_t row;   // elements
   int64_t view;  // elements from one view's map to the next
+  // CPU, staged: pixels lie in tiles of kTileRows x kTileColumns, filled up at the borders. Image rows one after the
+  // other are often a multiple of 4 KiB apart; pixels below each other, which a column of voxels sees, would be as many
+  // pages of memory and share a few places in the first cache.
+  bool tiled;
 };
 
 template <class In>
@@ -57,7 +62,7 @@ struct UnprojectParams {
   bool official;             // the published code's sampling: x (W - 1) / H, y (H - 1) / W
 
   UnprojectRows rows;
-  void* staged;       // where rows.staged: T on the CPU, In on CUDA
+  void* staged;       // where rows.staged: T on the CPU, In on CUDA; by stage() first, where the features are read
   Batch<2> own_maps;  // what is staged: the features' own items, in (features, staged)
 };
 
@@ -92,7 +97,7 @@ struct UnprojectPlan {
 template <class In>
 UnprojectRows unproject_rows(const UnprojectParams<In>& params, const int64_t (&strides)[4], int64_t quantum,
                              bool same_type) {
-  UnprojectRows rows;
+  UnprojectRows rows{};
   rows.row = (params.channels + quantum - 1) / quantum * quantum;
   rows.view = params.height * params.width * rows.row;
   rows.staged = !same_type || params.channels != rows.row || (rows.row > 1 && strides[1] != 1) ||
@@ -128,6 +133,13 @@ int64_t staged_count(const UnprojectParams<In>& params) {
   return params.rows.staged ? params.own_maps.count * params.views * params.rows.view : 0;
 }
 
+// Whether the backward reads the features.
+template <class In>
+bool unproject_backward_samples(const UnprojectParams<In>& params, const UnprojectGradients<In>& gradients) {
+  return !is_linear(static_cast<Aggregation>(params.aggregation)) || gradients.projections != nullptr ||
+         gradients.grid != nullptr || gradients.confidences != nullptr;
+}
+
 namespace cpu {
 
 constexpr int64_t kUnprojectBlock = 16;  // voxels projected at once
@@ -153,6 +165,18 @@ struct UnprojectKernels {
 template <class In>
 constexpr int64_t unproject_quantum = 64 / int64_t(sizeof(Accumulator<In>));
 
+constexpr int64_t kTileRows = 8, kTileColumns = 4;
+inline int64_t tiles_up(int64_t size, int64_t tile) { return (size + tile - 1) / tile * tile; }
+
+template <class In>
+UnprojectRows unproject_rows(const UnprojectParams<In>& params) {
+  UnprojectRows rows = tritool::unproject_rows(params, params.features_stride, unproject_quantum<In>,
+                                               sizeof(In) == sizeof(Accumulator<In>));
+  rows.tiled = rows.staged;
+  if (rows.tiled) rows.view = tiles_up(params.height, kTileRows) * tiles_up(params.width, kTileColumns) * rows.row;
+  return rows;
+}
+
 inline int64_t unproject_blocks(int64_t points) { return (points + kUnprojectBlock - 1) / kUnprojectBlock; }
 
 // Independent of the number of threads, so that the sums are, too.
@@ -170,8 +194,8 @@ UnprojectPlan unproject_plan(const UnprojectParams<In>& params, UnprojectGradien
   plan.units = items * plan.groups * plan.parts;
   plan.entries = params.views * 12 + 12 + params.views * params.rows.row;
   plan.partial_bytes = plan.units * plan.entries * int64_t(sizeof(double));
-  gradients.direct = plan.parts == 1 && sizeof(In) == sizeof(Accumulator<In>) &&
-                     !unproject_rows(params, gradients.features_stride, unproject_quantum<In>, true).staged;
+  gradients.direct = plan.parts == 1 && !params.rows.tiled && sizeof(In) == sizeof(Accumulator<In>) &&
+                     !tritool::unproject_rows(params, gradients.features_stride, unproject_quantum<In>, true).staged;
   plan.sums_count =
       gradients.features == nullptr || gradients.direct ? 0 : plan.parts * items * params.views * params.rows.view;
   return plan;

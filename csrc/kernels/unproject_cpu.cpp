@@ -16,6 +16,7 @@ namespace TRITOOL_ISA {
 namespace {
 
 constexpr int kBlock = int(kUnprojectBlock);  // a multiple of the lanes of every type
+constexpr int64_t kGridTile = 8;              // see first_voxel
 using Lanes = NativePack<double>;
 constexpr int kLanes = Lanes::kLanes;
 
@@ -39,8 +40,8 @@ class Scratch {
 
 // Where one view samples a block of voxels.
 template <class T>
-struct BlockTaps {
-  int32_t offset[4][kBlock];  // elements from the start of the view's map: pixels (0, 0), (1, 0), (0, 1), (1, 1)
+struct alignas(64) BlockTaps {
+  uint32_t offset[4][kBlock];  // elements from the start of the view's map: pixels (0, 0), (1, 0), (0, 1), (1, 1)
   T weight[4][kBlock];
   T slope_x[4][kBlock];  // d weight / d pixel
   T slope_y[4][kBlock];
@@ -152,10 +153,29 @@ template <class T, int N>
 TRITOOL_HD typename PackMask<T, N>::Vector integers(const Pack<T, N>& whole) {
   return __builtin_convertvector(whole.v, typename PackMask<T, N>::Vector);
 }
-template <class Vector>
-TRITOOL_HD void store_integers(int32_t* to, const Vector& integers) {
+template <class Integer, class Vector>
+TRITOOL_HD void store_integers(Integer* to, const Vector& integers) {
   constexpr int kCount = sizeof(Vector) / sizeof(integers[0]);
-  for (int n = 0; n < kCount; ++n) to[n] = int32_t(integers[n]);
+  for (int n = 0; n < kCount; ++n) to[n] = Integer(integers[n]);
+}
+
+// The number of a pixel in memory, see UnprojectRows::tiled; of integers or of vectors of them. `width`: of the rows,
+// in whole tiles where tiled.
+template <class Integers>
+TRITOOL_HD Integers place_of_pixel(Integers column, Integers row, Integers width, bool tiled) {
+  constexpr int kLastRow = int(cpu::kTileRows) - 1, kLastColumn = int(cpu::kTileColumns) - 1;
+  if (!tiled) return row * width + column;
+  const Integers rows = row & kLastRow, columns = column & kLastColumn;
+  return (row - rows) * width + (column - columns) * int(cpu::kTileRows) + rows * int(cpu::kTileColumns) + columns;
+}
+template <class In>
+int64_t width_in_memory(const UnprojectParams<In>& params) {
+  return params.rows.tiled ? cpu::tiles_up(params.width, cpu::kTileColumns) : params.width;
+}
+// The number of an element of a map.
+template <class In>
+int64_t pixel_row(const UnprojectParams<In>& params, int64_t column, int64_t row) {
+  return place_of_pixel(column, row, width_in_memory(params), params.rows.tiled) * params.rows.row;
 }
 
 template <bool kSlopes, class In>
@@ -168,7 +188,10 @@ void find_taps(const UnprojectParams<In>& params, const BlockPoints& points, con
   const FeatureMap<Lanes> map_lanes{Lanes(map.width), Lanes(map.height), Lanes(map.scale_x), Lanes(map.scale_y)};
   Lanes matrix_lanes[3][4];
   load_matrix(matrix, matrix_lanes);
-  const auto row_size = int32_t(params.rows.row), line_size = int32_t(params.rows.row * params.width);
+  using Integers = typename PackMask<T, P::kLanes>::Vector;
+  using Integer = typename IntegerOf<T>::type;
+  const Integers width = Integers{} + Integer(width_in_memory(params));
+  const Integers pixel_size = Integers{} + Integer(params.rows.row);
   for (int lane = 0; lane < kBlock; lane += P::kLanes) {
     Lanes column[kParts], row[kParts], fraction_x[kParts], fraction_y[kParts];
     for (int part = 0; part < kParts; ++part) {
@@ -185,10 +208,11 @@ void find_taps(const UnprojectParams<In>& params, const BlockPoints& points, con
     store_integers(taps.column + lane, integers(cell.column));
     taps.all_seen = (lane == 0 || taps.all_seen) && all(cell.column >= P(T(-1)));
     for (int j = 0; j < 2; ++j) {
+      const Integers row = integers(footprint.row[j]);
       for (int i = 0; i < 2; ++i) {
         const int tap = 2 * j + i;
-        store_integers(taps.offset[tap] + lane,
-                       integers(footprint.row[j]) * line_size + integers(footprint.column[i]) * row_size);
+        const Integers pixel = place_of_pixel(integers(footprint.column[i]), row, width, params.rows.tiled);
+        store_integers(taps.offset[tap] + lane, pixel * pixel_size);
         store_pack(taps.weight[tap] + lane, footprint.along_x[i] * footprint.along_y[j]);
         if constexpr (kSlopes) {
           store_pack(taps.slope_x[tap] + lane, footprint.slope_x[i] * footprint.along_y[j]);
@@ -247,11 +271,22 @@ struct Kept {
 
 TRITOOL_HD bool takes_part(int column, bool exclude) { return column != kUnseenColumn || !exclude; }
 
-// The views of the channels `channel` .. of one voxel, put together; `sampled` false: with values of 0.
-template <class P, int kPacks, Aggregation kBy, bool kWeighted>
+// The views of the channels `channel` .. of one voxel, put together; `sampled` false: with values of 0. `kKeep`:
+// what is sampled is kept.
+template <class P, int kPacks, bool kKeep, Aggregation kBy, bool kWeighted>
 TRITOOL_HD void aggregate(const Views<Real<P>>& views, int lane, int64_t channel, bool sampled,
                           ViewAggregate<P, kBy, kWeighted> (&result)[kPacks], Kept<P, kPacks>& kept) {
   using T = Real<P>;
+  if (views.all_seen && !ViewAggregate<P, kBy, kWeighted>::kLooks && !(kKeep && sampled)) {
+    for (int view = 0; view < views.count; ++view) {
+      P value[kPacks];
+      for (int p = 0; p < kPacks; ++p) value[p] = P(T(0));
+      if (sampled) sample(views.taps[view], lane, views.features + view * views.map + channel, value);
+      for (int p = 0; p < kPacks; ++p)
+        result[p].add_looked_at(value[p], confidence_of<P, kWeighted>(views, view, channel + p * P::kLanes));
+    }
+    return;
+  }
   if (views.all_seen && sampled && views.count <= kKept) {  // what follows, without its questions
     for (int view = 0; view < views.count; ++view) {
       sample(views.taps[view], lane, views.features + view * views.map + channel, kept.value[view]);
@@ -303,7 +338,7 @@ void forward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, Real<
   for (int lane = 0; lane < lanes; ++lane) {
     ViewAggregate<P, kBy, kWeighted> result[kPacks];
     Kept<P, kPacks> kept;
-    aggregate<P, kPacks, kBy, kWeighted>(views, lane, channel, true, result, kept);
+    aggregate<P, kPacks, false>(views, lane, channel, true, result, kept);
     for (int p = 0; p < kPacks; ++p) store_pack(tile + (lane * kPacks + p) * P::kLanes, result[p].finish());
   }
 }
@@ -321,13 +356,13 @@ void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, cons
                    const Sums<Real<P>>& sums) {
   using T = Real<P>;
   constexpr int N = P::kLanes;
-  constexpr bool kLinear = kBy == Aggregation::kSum || kBy == Aggregation::kMean;
+  constexpr bool kLinear = is_linear(kBy);
   const bool all_kept = views.count <= kKept;
   const bool sampled = !kLinear || sums.confidences != nullptr || sums.pixels != nullptr;
   for (int lane = 0; lane < lanes; ++lane) {
     ViewAggregate<P, kBy, kWeighted> aggregate_of[kPacks];
     Kept<P, kPacks> kept;
-    aggregate<P, kPacks, kBy, kWeighted>(views, lane, channel, sampled, aggregate_of, kept);
+    aggregate<P, kPacks, true>(views, lane, channel, sampled, aggregate_of, kept);
     P result[kPacks], grad[kPacks], linear[kPacks];
     for (int p = 0; p < kPacks; ++p) {
       result[p] = aggregate_of[p].finish();
@@ -340,7 +375,7 @@ void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, cons
       const int column = taps.column[lane];
       if (column == kUnknownColumn || !takes_part(column, views.exclude)) continue;
       P value[kPacks], grad_value[kPacks];
-      if (view < kKept) {
+      if (sampled && view < kKept) {
         for (int p = 0; p < kPacks; ++p) value[p] = kept.value[view][p];
       } else if (column >= -1 && sampled) {
         sample(taps, lane, views.features + view * views.map + channel, value);
@@ -349,8 +384,9 @@ void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, cons
       }
       for (int p = 0; p < kPacks; ++p) {
         const P confidence = confidence_of<P, kWeighted>(views, view, channel + p * N);
-        const P factor =
-            all_kept ? kept.factor[view < kKept ? view : 0][p] : aggregate_of[p].factor_of(value[p], confidence);
+        P factor = P(T(1));
+        if constexpr (ViewAggregate<P, kBy, kWeighted>::kLooks)
+          factor = all_kept ? kept.factor[view < kKept ? view : 0][p] : aggregate_of[p].factor_of(value[p], confidence);
         const P slope = aggregate_of[p].value_slope(value[p], confidence, factor, result[p]);
         grad_value[p] = linear[p] * select(linear[p] == P(T(0)), P(T(0)), slope);
         if (sums.confidences != nullptr) {
@@ -363,6 +399,10 @@ void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, cons
       if (column < -1) continue;
       if (sums.features != nullptr) {
         T* map = sums.features + view * views.map + channel;
+        constexpr int kAhead = 2;
+        if (lane + kAhead < kBlock)  // voxels go on to new rows of pixels
+          for (int tap = 0; tap < 2; ++tap)
+            for (int p = 0; p < kPacks; ++p) __builtin_prefetch(map + taps.offset[tap][lane + kAhead] + p * N, 1);
         for (int tap = 0; tap < 4; ++tap) {
           T* to = map + taps.offset[tap][lane];
           const P weight = P(taps.weight[tap][lane]);
@@ -453,27 +493,30 @@ bool streams(const UnprojectParams<In>& params) {
   return fits && is_streamed(params.batch.count * params.channels * params.points * int64_t(sizeof(In)));
 }
 
-// to[column, row] = from[row, column], in whole squares of lanes as far as they go.
-template <class T>
-void transpose_into(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t rows, int64_t columns,
-                    bool stream = false) {
+// to(column)[row] = from(row)[column], in whole squares of lanes as far as they go.
+template <class T, class To, class From>
+TRITOOL_HD void transpose_lines(const To& to, const From& from, int64_t rows, int64_t columns, bool stream = false) {
   using P = NativePack<T>;
   constexpr int N = P::kLanes;
   const int64_t whole_rows = rows - rows % N, whole_columns = columns - columns % N;
   for (int64_t row = 0; row < whole_rows; row += N) {
     for (int64_t column = 0; column < whole_columns; column += N) {
       P square[N];
-      for (int n = 0; n < N; ++n) square[n] = load_pack<P>(from + (row + n) * from_stride + column);
+      for (int n = 0; n < N; ++n) square[n] = load_pack<P>(from(row + n) + column);
       transpose(square);
       for (int n = 0; n < N; ++n) {
-        T* const line = to + (column + n) * to_stride + row;
+        T* const line = to(column + n) + row;
         stream ? stream_pack(line, square[n]) : store_pack(line, square[n]);
       }
     }
   }
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t column = row < whole_rows ? whole_columns : 0; column < columns; ++column)
-      to[column * to_stride + row] = from[row * from_stride + column];
+      to(column)[row] = from(row)[column];
+}
+template <class T>
+auto lines_of(T* first, int64_t stride) {
+  return [=](int64_t line) { return first + line * stride; };
 }
 
 // Between a tile [voxel, channel] and the volume, both ways; channels beyond the last are read as 0.
@@ -484,7 +527,8 @@ void write_tile(const UnprojectParams<In>& params, In* item, int64_t first, int 
   const int channels = int(params.channels - channel < width ? params.channels - channel : width);
   In* to = item + first * stride[1] + channel * stride[0];
   if constexpr (std::is_same_v<In, T>) {
-    if (stride[1] == 1) return transpose_into(to, stride[0], tile, width, lanes, channels, stream);
+    if (stride[1] == 1)
+      return transpose_lines<T>(lines_of(to, stride[0]), lines_of(tile, width), lanes, channels, stream);
     using P = NativePack<T>;
     for (int lane = 0; stream && lane < lanes; ++lane)
       for (int k = 0; k < channels; k += P::kLanes)
@@ -507,7 +551,7 @@ void read_tile(const UnprojectParams<In>& params, const In* item, int64_t first,
   if (channels < width)
     for (int n = 0; n < lanes * width; ++n) tile[n] = T(0);
   if constexpr (std::is_same_v<In, T>) {
-    if (stride[1] == 1) return transpose_into(tile, width, from, stride[0], channels, lanes);
+    if (stride[1] == 1) return transpose_lines<T>(lines_of(tile, width), lines_of(from, stride[0]), channels, lanes);
     for (int lane = 0; lane < lanes && stride[0] == 1; ++lane)
       memcpy(tile + lane * width, from + lane * stride[1], size_t(channels) * sizeof(T));
     if (stride[0] == 1) return;
@@ -516,16 +560,34 @@ void read_tile(const UnprojectParams<In>& params, const In* item, int64_t first,
     for (int k = 0; k < channels; ++k) tile[lane * width + k] = load(from + k * stride[0] + lane * stride[1]);
 }
 
-// The first voxel of a block. Blocks that follow each other lie side by side, not one behind the other along a row of
-// the grid: they see the same pixels, which are then still in the first cache.
+// Asks for a tile, whose channels lie far from each other. For the second cache: they are often a power of two apart,
+// and the first has no room for so many lines of one remainder. Always inlined: GCC takes a function that does nothing
+// but prefetch for one that does nothing.
+template <class In>
+TRITOOL_INLINE inline void prefetch_tile(const UnprojectParams<In>& params, const In* item, int64_t first,
+                                         int64_t channel, int width) {
+  const int64_t (&stride)[2] = params.volume_stride;
+  if (stride[1] != 1) return;
+  const int channels = int(params.channels - channel < width ? params.channels - channel : width);
+  for (int k = 0; k < channels; ++k) __builtin_prefetch(item + first + (channel + k) * stride[0], 0, 2);
+}
+
+// The first voxel of a block. Blocks that follow each other lie side by side in a tile of the grid, not one behind the
+// other along a row: they see the same pixels, which are then still in the caches.
 template <class In>
 int64_t first_voxel(const UnprojectParams<In>& params, int64_t block) {
-  const int64_t depth = params.grid_size[1], width = params.grid_size[2];
+  const int64_t height = params.grid_size[0], depth = params.grid_size[1], width = params.grid_size[2];
   if (width == 0 || width % kBlock != 0) return block * kBlock;
-  const int64_t per_row = width / kBlock, per_plane = depth * per_row;
-  const int64_t i = block / per_plane, in_plane = block - i * per_plane;
-  const int64_t along = in_plane / depth, j = in_plane - along * depth;
-  return (i * depth + j) * width + along * kBlock;
+  const int64_t per_row = width / kBlock;
+  const int64_t slab = block / (kGridTile * depth * per_row), first_i = slab * kGridTile;
+  const int64_t size_i = height - first_i < kGridTile ? height - first_i : kGridTile;
+  const int64_t in_slab = block - first_i * depth * per_row;
+  const int64_t first_j = in_slab / (size_i * kGridTile * per_row) * kGridTile;
+  const int64_t size_j = depth - first_j < kGridTile ? depth - first_j : kGridTile;
+  const int64_t in_tile = in_slab - first_j * size_i * per_row;
+  const int64_t along = in_tile / (size_i * size_j), in_layer = in_tile - along * size_i * size_j;
+  const int64_t i = in_layer / size_j, j = in_layer - i * size_j;
+  return ((first_i + i) * depth + first_j + j) * width + along * kBlock;
 }
 
 // ---- The passes ----
@@ -540,19 +602,20 @@ void stage(const UnprojectParams<In>& params, int64_t begin, int64_t end) {
     int64_t offset[2];
     params.own_maps.offsets(item, offset);
     const In* from = params.features + offset[0] + view * stride[0] + y * stride[2];
-    T* to = static_cast<T*>(params.staged) + offset[1] + view * params.rows.view + y * params.width * params.rows.row;
+    T* to = static_cast<T*>(params.staged) + offset[1] + view * params.rows.view;
     const int64_t row = params.rows.row;
+    const auto pixel = [&](int64_t x) { return to + pixel_row(params, x, y); };
     if constexpr (std::is_same_v<In, T>) {
       if (stride[3] == 1) {
         for (int64_t x = 0; x < params.width; ++x)
-          for (int64_t k = params.channels; k < row; ++k) to[x * row + k] = T(0);
-        transpose_into(to, row, from, stride[1], params.channels, params.width);
+          for (int64_t k = params.channels; k < row; ++k) pixel(x)[k] = T(0);
+        transpose_lines<T>(pixel, lines_of(from, stride[1]), params.channels, params.width);
         continue;
       }
     }
     for (int64_t x = 0; x < params.width; ++x)
       for (int64_t k = 0; k < row; ++k)
-        to[x * row + k] = k < params.channels ? load(from + k * stride[1] + x * stride[3]) : T(0);
+        pixel(x)[k] = k < params.channels ? load(from + k * stride[1] + x * stride[3]) : T(0);
   }
 }
 
@@ -762,9 +825,9 @@ void backward(const UnprojectParams<In>& params, const UnprojectGradients<In>& g
         first_channel + plan.group_channels < params.channels ? first_channel + plan.group_channels : params.channels;
     item.load(number);
     T* features = gradient_rows(params, gradients, number, part, item.offset);
-    for (int64_t pixel = 0; features != nullptr && pixel < params.views * params.height * params.width; ++pixel)
+    for (int64_t pixel = 0; features != nullptr && pixel < params.views * params.rows.view; pixel += row)
       for (int64_t k = first_channel; k < row && k < first_channel + plan.group_channels; ++k)
-        features[pixel * row + k] = T(0);
+        features[pixel + k] = T(0);
     small.clear();
     const Sums<T> sums{features, small.confidences(), moving ? pixels.data() : nullptr};
     T* grad_points =
@@ -776,6 +839,9 @@ void backward(const UnprojectParams<In>& params, const UnprojectGradients<In>& g
       for (int64_t n = 0; moving && n < params.views * 2 * kBlock; ++n) pixels[n] = T(0);
       for_channels<T>(first_channel, last_channel, [&](int64_t channel, auto packs) {
         read_tile(params, params.volume + item.offset[Params::kVolume], first, lanes, channel, packs.value * N, tile);
+        if (block + 1 < last_block)
+          prefetch_tile(params, params.volume + item.offset[Params::kVolume], first_voxel(params, block + 1), channel,
+                        packs.value * N);
         if constexpr (packs.value == 2)
           two.backward(item.views, lanes, channel, tile, sums);
         else
@@ -802,17 +868,19 @@ void backward_rows(const UnprojectParams<In>& params, const UnprojectGradients<I
     params.batch.offsets(item, offset);
     In* to = gradients.features + offset[Params::kGradFeatures] + view * stride[0] + y * stride[2];
     const int64_t row = params.rows.row, copy = params.batch.count * params.views * params.rows.view;
-    T* line = gradients.sums + (map * params.height + y) * params.width * row;
+    T* sums = gradients.sums + map * params.rows.view;
+    const auto pixel = [&](int64_t x) { return sums + pixel_row(params, x, y); };
     for (int64_t part = 1; part < plan.parts; ++part)
-      for (int64_t n = 0; n < params.width * row; ++n) line[n] += line[part * copy + n];
+      for (int64_t x = 0; x < params.width; ++x)
+        for (int64_t k = 0; k < row; ++k) pixel(x)[k] += pixel(x)[part * copy + k];
     if constexpr (std::is_same_v<In, T>) {
       if (stride[3] == 1) {
-        transpose_into(to, stride[1], line, row, params.width, params.channels);
+        transpose_lines<T>(lines_of(to, stride[1]), pixel, params.width, params.channels);
         continue;
       }
     }
     for (int64_t x = 0; x < params.width; ++x)
-      for (int64_t k = 0; k < params.channels; ++k) store(to + k * stride[1] + x * stride[3], line[x * row + k]);
+      for (int64_t k = 0; k < params.channels; ++k) store(to + k * stride[1] + x * stride[3], pixel(x)[k]);
   }
 }
 

@@ -155,18 +155,19 @@ __device__ __forceinline__ void load_confidences(const UnprojectParams<In>& para
     if (channel + n < params.channels) confidence[n] = from[(channel + n) * params.confidences_stride[1]];
 }
 
-// One thread's channels of one voxel.
+// One thread's channels of one voxel; `sampled` false: with values of 0.
 template <class In, Aggregation kBy, int kWidth, class T = Accumulator<In>>
 __device__ __forceinline__ void aggregate(const UnprojectParams<In>& params, const int64_t* offset,
                                           const Geometry<T>* geometry, const T (&world)[3], int64_t channel,
-                                          ViewAggregate<T, kBy, true> (&result)[kWidth]) {
+                                          bool sampled, ViewAggregate<T, kBy, true> (&result)[kWidth]) {
   const In* features = feature_rows(params, offset) + channel;
 #pragma unroll 1  // several views at once would spill registers
   for (int view = 0; view < params.views; ++view) {
     const Sight<T> sight = sight_of(geometry, view, world);
     if (!sight.seen && !sight.unknown && params.exclude) continue;
     T value[kWidth] = {};
-    if (sight.seen) sample(features + view * params.rows.view, sight.footprint, params.width, params.rows.row, value);
+    if (sight.seen && sampled)
+      sample(features + view * params.rows.view, sight.footprint, params.width, params.rows.row, value);
     T confidence[kWidth];
     load_confidences(params, offset, view, channel, confidence);
     for (int n = 0; n < kWidth; ++n) {
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>) unproject_kernel(Unpro
       Vector<In, kWidth> vector{};
       if (there) {
         ViewAggregate<T, kBy, true> result[kWidth];
-        aggregate<In, kBy, kWidth>(params, offset, geometry, point.world, channel, result);
+        aggregate<In, kBy, kWidth>(params, offset, geometry, point.world, channel, true, result);
         for (int n = 0; n < kWidth; ++n) store(&vector.element[n], result[n].finish());
       }
       if (!tiling.transposed) {
@@ -375,7 +376,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>)
                               Tiling tiling, Scatter scatter, int* exponents) {
   using Params = UnprojectParams<In>;
   using T = Accumulator<In>;
-  constexpr bool kLinear = kBy == Aggregation::kSum || kBy == Aggregation::kMean;
+  constexpr bool kLinear = is_linear(kBy);
   TRITOOL_DYNAMIC_SHARED(Geometry<T>, geometry);
   BackwardShared<T> shared;
   shared.geometry = geometry;
@@ -384,6 +385,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>)
   const bool small = scatter != Scatter::kMeasure;
   const bool moving = small && (gradients.projections != nullptr || gradients.grid != nullptr);
   const bool confident = small && gradients.confidences != nullptr;
+  const bool sampled = !kLinear || moving || confident;
   const int lane = threadIdx.x % tiling.lanes, local = threadIdx.x / tiling.lanes, warp = threadIdx.x / kWarpSize;
   for (int64_t unit = blockIdx.x; unit < plan.units; unit += gridDim.x) {
     const int64_t item = unit / plan.parts, part = unit - item * plan.parts;
@@ -416,7 +418,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>)
         ViewAggregate<T, kBy, true> result_of[kWidth];
         T result[kWidth] = {}, grad[kWidth] = {}, linear[kWidth] = {};
         if (there) {
-          aggregate<In, kBy, kWidth>(params, offset, geometry, point.world, channel, result_of);
+          aggregate<In, kBy, kWidth>(params, offset, geometry, point.world, channel, sampled, result_of);
           load_grad(params, tiling, params.volume + offset[Params::kVolume], voxel, channel, linear);
           for (int n = 0; n < kWidth; ++n) {
             result[n] = result_of[n].finish();
@@ -433,7 +435,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<In>)
           if (takes_part) {
             const In* map = feature_rows(params, offset) + view * params.rows.view + channel;
             T value[kWidth] = {}, grad_value[kWidth], confidence[kWidth];
-            if (sight.seen) sample(map, footprint, params.width, params.rows.row, value);
+            if (sight.seen && sampled) sample(map, footprint, params.width, params.rows.row, value);
             load_confidences(params, offset, view, channel, confidence);
             for (int n = 0; n < kWidth; ++n) {
               const T factor = result_of[n].factor_of(value[n], confidence[n]);
@@ -706,7 +708,7 @@ int unproject_backward(const UnprojectParams<In>& params, const UnprojectGradien
   const bool moving = gradients.projections != nullptr || gradients.grid != nullptr;
   const int64_t features = params.batch.count * params.views * params.rows.view;
   if (params.batch.count == 0) return 0;
-  launch_stage(params, stream);
+  if (unproject_backward_samples(params, gradients)) launch_stage(params, stream);
   int* exponents = exponents_of(gradients, plan);
   if (gradients.direct)
     fill(reinterpret_cast<T*>(gradients.features), features, T(0), stream);

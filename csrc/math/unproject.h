@@ -82,6 +82,10 @@ TRITOOL_HD Footprint<T> footprint_of(const Cell<T>& cell, T width, T height) {
 }
 
 enum class Aggregation { kSum, kMean, kSoftmax, kMax };
+// Its gradient to the features does not depend on them.
+TRITOOL_HD constexpr bool is_linear(Aggregation aggregation) {
+  return aggregation == Aggregation::kSum || aggregation == Aggregation::kMean;
+}
 
 // The aggregate over the views of one channel of one voxel, and its derivatives. A view of confidence 0 is absent; one
 // that is negative or not finite makes the result NaN. Without kWeighted all confidences are 1.
@@ -96,6 +100,8 @@ enum class Aggregation { kSum, kMean, kSoftmax, kMax };
 template <class T, Aggregation kBy, bool kWeighted>
 class ViewAggregate {
  public:
+  static constexpr bool kLooks = kBy == Aggregation::kSoftmax;  // otherwise look() and rise() do nothing
+
   TRITOOL_HD void look(T value, [[maybe_unused]] T confidence) {
     if constexpr (kBy == Aggregation::kSoftmax) {
       if constexpr (kWeighted) value = select(confidence != T(0), value, seen_);

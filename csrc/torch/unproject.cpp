@@ -93,8 +93,7 @@ void set_rows_and_batch(UnprojectParams<In>& params, const Inputs& inputs, const
   using Params = UnprojectParams<In>;
   using T = Accumulator<In>;
   const bool on_cpu = inputs.features.is_cpu();
-  if (on_cpu)
-    params.rows = unproject_rows(params, params.features_stride, cpu::unproject_quantum<In>, sizeof(In) == sizeof(T));
+  if (on_cpu) params.rows = cpu::unproject_rows(params);
 #if defined(TRITOOL_CUDA)
   else
     params.rows = cuda::unproject_rows(params);
@@ -214,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> unproject_backward(const Tensor& grad
       const auto& kernels = TRITOOL_PICK_KERNELS(unproject_kernels, In);
       const UnprojectPlan plan = cpu::unproject_plan(params, gradients);
       const auto scratch = new_scratch(plan);
-      stage_on_cpu(params, kernels);
+      if (unproject_backward_samples(params, gradients)) stage_on_cpu(params, kernels);
       torch::stable::parallel_for(
           0, plan.units, 1, [&](int64_t begin, int64_t end) { kernels.backward(params, gradients, plan, begin, end); });
       if (want_features && !gradients.direct)

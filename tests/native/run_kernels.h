@@ -320,9 +320,7 @@ UnprojectParams<In> unproject_params(const Backend& backend, const UnprojectInpu
   params.aggregation = inputs.aggregation;
   params.exclude = inputs.exclude;
   params.official = inputs.official;
-  params.rows = backend.emulated_cuda ? cuda::unproject_rows(params)
-                                      : unproject_rows(params, params.features_stride, cpu::unproject_quantum<In>,
-                                                       sizeof(In) == sizeof(T));
+  params.rows = backend.emulated_cuda ? cuda::unproject_rows(params) : cpu::unproject_rows(params);
   const Sizes batch = batch_of(volume, 2);
   const Sizes strides[] = {batch_strides(inputs.features, 4, batch),    Sizes(batch.size(), 0),
                            batch_strides(inputs.projections, 3, batch), batch_strides(inputs.grid, 2, batch),
@@ -378,7 +376,7 @@ void unproject_backward(const Backend& backend, const Array& grad, const Unproje
   gradients.partial = partial.data();
   if (backend.emulated_cuda) return check_launch(cuda::unproject_backward(params, gradients, plan, nullptr));
   const auto& kernels = TRITOOL_KERNELS_OF(backend.isa, unproject_kernels, In);
-  stage(backend, params, kernels);
+  if (unproject_backward_samples(params, gradients)) stage(backend, params, kernels);
   in_threads(backend.threads, plan.units,
              [&](int64_t begin, int64_t end) { kernels.backward(params, gradients, plan, begin, end); });
   if (gradients.features != nullptr && !gradients.direct)
