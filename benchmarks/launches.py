@@ -170,7 +170,8 @@ def _unproject(size: str, shape: Mapping[str, int], backward: bool) -> list[Laun
         # Where a loop takes four numbers a turn if it can, a thread has but one.
         return Launch(kernel, 256, math.ceil(features / 256), features)
 
-    stage = [] if last else [elementwise("unproject_stage_kernel<float>")]
+    unread = backward and not _backward_samples(size)
+    stage = [] if last or unread else [elementwise("unproject_stage_kernel<float>")]
     skip = ["from[a * params.grid_stride[1]]"]  # points that are no grid
     # The voxel is on a grid, the view sees it, and nothing is unknown or 0.
     through = ["voxel_center(", "result[n].add(", "factor_of(", "value_slope("]
@@ -208,6 +209,8 @@ def _unproject(size: str, shape: Mapping[str, int], backward: bool) -> list[Laun
     skip += ["const auto vector = *reinterpret_cast<const Vector<In, kWidth>*>(map + at)"]
     skip += [] if confident else ["warp_confidences[view"]
     skip += ["load(from + n * stride[0])"] if last else []
+    if unread:  # what sample() does
+        skip += ["vector[tap] = *reinterpret_cast", "value[n] + weight * load(&vector[tap]"]
     kernel = f"unproject_backward_kernel<float, (Aggregation){AGGREGATIONS[by]}, 4>"
     grid = parts * shape["B"]
     main = Launch(kernel, 256, grid, grid * 256, trips, skip, through, geometry)
@@ -247,15 +250,23 @@ def operand_bytes(op: str, size: str, shape: Mapping[str, int], mode: str) -> di
         made = batch * channels * shape["X"] * shape["Y"] * shape["Z"] * 4
     if mode == "forward":
         return {"inputs": taken, "outputs": made}
+    if op == "unproject" and not _backward_samples(size):
+        taken -= features
     return {"inputs": taken + made, "outputs": wanted}
 
 
-def l2_bytes(op: str, shape: Mapping[str, int], mode: str) -> int:
+def l2_bytes(op: str, size: str, shape: Mapping[str, int], mode: str) -> int:
     """What unproject's taps take from L2 if the first-level cache keeps nothing.
 
-    4 taps x views x channels x 4 bytes a voxel. The backward reads them twice, and adds to as many.
+    4 taps x views x channels x 4 bytes a voxel. The backward reads them twice, where it does, and
+    adds to as many.
     """
     if op != "unproject":
         return 0
     taps = 4 * 4 * math.prod(shape[axis] for axis in "BCKXYZ")
-    return taps if mode == "forward" else 3 * taps
+    return taps if mode == "forward" or not _backward_samples(size) else 3 * taps
+
+
+def _backward_samples(size: str) -> bool:
+    """A sum without confidences has a gradient that does not depend on the features."""
+    return not size.startswith("sum")

@@ -241,7 +241,7 @@ def case_of(
         for kind, spent in (one["per_thread"] or {}).items():
             work[kind] = work.get(kind, 0.0) + spent * one["threads"]
     operands = operand_bytes(op, size, shape, mode)
-    floors = floors_us(sum(operands.values()), l2_bytes(op, shape, mode), work)
+    floors = floors_us(sum(operands.values()), l2_bytes(op, size, shape, mode), work)
     target = target_us(op, shape, mode, floors)
     bound = max(floors, key=lambda name: floors[name])
     return {

@@ -121,6 +121,22 @@ def test_triangulate_agrees_with_the_reference_on_the_named_rigs(
         )
 
 
+@every_kernel
+@pytest.mark.parametrize("views", [2, 5, 8, 31, 33, 70])
+def test_triangulate_takes_any_number_of_views(kernels: Kernels, views: int) -> None:
+    """Beside its cameras in the room: as many as the CPU keeps in lanes, and more."""
+    seen = rigs.observe(rigs.h36m4(), 19, noise=3.0, weights="uniform", seed=views)
+    taken = np.resize(np.arange(4), views)
+    rng = np.random.default_rng(views)
+    points = seen.points[..., taken, :] + rng.normal(size=(19, views, 2))
+    projections, weights = seen.projections[taken], rng.uniform(0.1, 1.0, (19, views))
+    check_triangulation(kernels, points, projections, weights, "homogeneous", rng)
+    apart = np.repeat(kernels.cast(points)[0], 3, -2)[..., ::3, :]  # the same, with gaps
+    same = kernels.triangulate(apart, projections, weights, mode="homogeneous")
+    plain = kernels.triangulate(points, projections, weights, mode="homogeneous")
+    np.testing.assert_array_equal(same, plain)
+
+
 @functools.cache
 def room(count: int) -> tuple[rigs.Observations, Array, Array, Array, Array]:
     """Return 5 px of noise in h36m4 in float32, a gradient, and what is right for it."""

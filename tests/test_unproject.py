@@ -107,6 +107,25 @@ def test_a_grid_is_its_points(device: str) -> None:
     torch.testing.assert_close(volume, points, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("channels", [3, 32])
+@pytest.mark.parametrize("aggregation", ["sum", "softmax"])
+def test_a_large_grid_is_its_points(aggregation: str, channels: int, device: str) -> None:
+    """More voxels each way than the CPU kernels take at once, in tiles that do not come out even."""
+    options = {"size": (11, 17, 32), "channels": channels, "aggregation": aggregation}
+    scene = scene_of(batch=(2, 1, 1, 1), **options)
+    features, projections, *frame = operands_of(scene, device)
+    features = features.requires_grad_()
+    grid = VoxelGrid(*frame, scene.grid[2])  # type: ignore[misc,arg-type]
+    volume, points = (
+        ops.unproject(features, projections, voxels, aggregation=aggregation)
+        for voxels in (grid, grid.points())
+    )
+    torch.testing.assert_close(volume, points, rtol=0, atol=1e-10)
+    grad = random_grad(volume)
+    have, want = (torch.autograd.grad(found, features, grad)[0] for found in (volume, points))
+    torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("batch", list(itertools.product([1, 3], repeat=4)), ids=str)
 @pytest.mark.parametrize("frame", [True, False], ids=["frame", "points"])
 def test_every_operand_broadcasts(batch: tuple[int, ...], frame: bool, device: str) -> None:

@@ -105,6 +105,12 @@ TRITOOL_HD P join_halves(const Half& low, const Half& high) {
   return join_lanes<P>(low, high, std::make_index_sequence<P::kLanes>());
 }
 
+template <class P, class Half>
+TRITOOL_HD void split_halves(const P& pack, Half& low, Half& high) {
+  memcpy(&low.v, &pack.v, sizeof low.v);
+  memcpy(&high.v, reinterpret_cast<const char*>(&pack.v) + sizeof low.v, sizeof high.v);
+}
+
 // One step of a transposition: lanes whose number has the bit S change places between two vectors. After the steps of
 // all powers of two below N, lane i of vector j is what lane j of vector i was.
 template <int S, class Vector, class Integers, size_t... kLane>
@@ -135,38 +141,53 @@ TRITOOL_HD void transpose(Pack<T, N> (&square)[N]) {
   transpose_steps<1>(square);
 }
 
-// The first `count` elements at each of several places, a pack for each element: `gather` for 0 .. count-1, with whole
-// vectors read and turned over. Touches no element beyond.
+// Whether fewer elements than lanes are turned over in squares half as wide, for the lower and the upper lanes apart.
 template <class T, int N>
-TRITOOL_HD void gather_run(const T* const (&base)[N], int64_t count, Pack<T, N>* result) {
-  if (count < N) {
-    for (int64_t e = 0; e < count; ++e) result[e] = gather(base, e);
-    return;
-  }
-  for (int64_t first = 0; first < count; first += N) {
-    const int64_t at = first + N <= count ? first : count - N;  // the last block may repeat some elements
-    Pack<T, N> square[N];
-    for (int lane = 0; lane < N; ++lane) memcpy(&square[lane].v, base[lane] + at, sizeof square[lane].v);
-    transpose(square);
-    for (int e = 0; e < N; ++e) result[at + e] = square[e];
+constexpr bool kHasHalves = N * sizeof(T) > 16;
+
+// The first `count` elements at each of N places, a pack for each element: `gather` for 0 .. count-1, with whole
+// vectors read and turned over. Touches no element beyond.
+template <int N, class T>
+TRITOOL_HD void gather_run(const T* const* base, int64_t count, Pack<T, N>* result) {
+  if (count >= N) {
+    for (int64_t first = 0; first < count; first += N) {
+      const int64_t at = first + N <= count ? first : count - N;  // the last block may repeat some elements
+      Pack<T, N> square[N];
+      for (int lane = 0; lane < N; ++lane) memcpy(&square[lane].v, base[lane] + at, sizeof square[lane].v);
+      transpose(square);
+      for (int e = 0; e < N; ++e) result[at + e] = square[e];
+    }
+  } else if constexpr (kHasHalves<T, N>) {
+    Pack<T, N / 2> low[N], high[N];
+    gather_run<N / 2>(base, count, low);
+    gather_run<N / 2>(base + N / 2, count, high);
+    for (int64_t e = 0; e < count; ++e) result[e] = join_halves<Pack<T, N>>(low[e], high[e]);
+  } else {
+    for (int64_t e = 0; e < count; ++e)
+      for (int lane = 0; lane < N; ++lane) result[e].v[lane] = base[lane][e];
   }
 }
 
 // The reverse: lane by lane to the first `lanes` places.
-template <class T, int N>
-TRITOOL_HD void scatter_run(T* const (&base)[N], int lanes, int64_t count, const Pack<T, N>* values) {
-  if (count < N) {
+template <int N, class T>
+TRITOOL_HD void scatter_run(T* const* base, int lanes, int64_t count, const Pack<T, N>* values) {
+  if (count >= N) {
+    for (int64_t first = 0; first < count; first += N) {
+      const int64_t at = first + N <= count ? first : count - N;
+      Pack<T, N> square[N];
+      for (int e = 0; e < N; ++e) square[e] = values[at + e];
+      transpose(square);
+      for (int lane = 0; lane < N; ++lane)
+        if (lane < lanes) memcpy(base[lane] + at, &square[lane].v, sizeof square[lane].v);
+    }
+  } else if constexpr (kHasHalves<T, N>) {
+    Pack<T, N / 2> low[N], high[N];
+    for (int64_t e = 0; e < count; ++e) split_halves(values[e], low[e], high[e]);
+    scatter_run<N / 2>(base, lanes < N / 2 ? lanes : N / 2, count, low);
+    if (lanes > N / 2) scatter_run<N / 2>(base + N / 2, lanes - N / 2, count, high);
+  } else {
     for (int lane = 0; lane < lanes; ++lane)
       for (int64_t e = 0; e < count; ++e) base[lane][e] = values[e].v[lane];
-    return;
-  }
-  for (int64_t first = 0; first < count; first += N) {
-    const int64_t at = first + N <= count ? first : count - N;
-    Pack<T, N> square[N];
-    for (int e = 0; e < N; ++e) square[e] = values[at + e];
-    transpose(square);
-    for (int lane = 0; lane < N; ++lane)
-      if (lane < lanes) memcpy(base[lane] + at, &square[lane].v, sizeof square[lane].v);
   }
 }
 

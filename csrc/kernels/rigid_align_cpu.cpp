@@ -64,7 +64,7 @@ struct StagedPoints {
     stage(points.source, points.source_stride, points.same_source, source);
     stage(points.target, points.target_stride, points.same_target, target);
     if (weighted && points.weights_stride == 1)
-      gather_run(points.weights, count, weight);
+      gather_run<N>(points.weights, count, weight);
     else
       for (int n = 0; n < count; ++n) weight[n] = weighted ? gather(points.weights, n * points.weights_stride) : T(1);
   }
@@ -80,7 +80,7 @@ struct StagedPoints {
 
  private:
   TRITOOL_HD void stage(const T* const (&base)[N], const int64_t* stride, bool same, Pack<T, N>* result) const {
-    if (stride[0] == 3 && stride[1] == 1 && !same) return gather_run(base, 3 * count, result);
+    if (stride[0] == 3 && stride[1] == 1 && !same) return gather_run<N>(base, 3 * count, result);
     for (int n = 0; n < count; ++n)
       for (int k = 0; k < 3; ++k) result[3 * n + k] = gather_shared(base, same, n * stride[0] + k * stride[1]);
   }
@@ -177,9 +177,9 @@ struct StagedGradients {
     weight[n] = gradient.weight;
   }
   TRITOOL_HD void write(const LaneGradients<T, N>& to, int count) const {
-    if (to.source[0] != nullptr) scatter_run(to.source, to.lanes, 3 * count, source);
-    if (to.target[0] != nullptr) scatter_run(to.target, to.lanes, 3 * count, target);
-    if (to.weights[0] != nullptr) scatter_run(to.weights, to.lanes, count, weight);
+    if (to.source[0] != nullptr) scatter_run<N>(to.source, to.lanes, 3 * count, source);
+    if (to.target[0] != nullptr) scatter_run<N>(to.target, to.lanes, 3 * count, target);
+    if (to.weights[0] != nullptr) scatter_run<N>(to.weights, to.lanes, count, weight);
   }
 };
 

@@ -28,13 +28,50 @@ struct LaneViews {
     const int64_t at = view * points_stride[0];
     observation.u = gather(points, at);
     observation.v = gather(points, at + points_stride[1]);
-    observation.weight = weighted ? gather(weights, view * weights_stride) : Pack<T, N>(T(1));
+    observation.weight = weight(view);
+    load_projection(view, observation.projection);
+    return observation;
+  }
+  TRITOOL_HD Pack<T, N> weight(int view) const {
+    return weighted ? gather(weights, view * weights_stride) : Pack<T, N>(T(1));
+  }
+  TRITOOL_HD void load_projection(int view, Pack<T, N> (&projection)[3][4]) const {
     for (int i = 0; i < 3; ++i) {
       for (int j = 0; j < 4; ++j) {
         const int64_t entry = view * projections_stride[0] + i * projections_stride[1] + j * projections_stride[2];
-        observation.projection[i][j] = gather_shared(projections, same_projections, entry);
+        projection[i][j] = gather_shared(projections, same_projections, entry);
       }
     }
+  }
+};
+
+// The formulas pass over the views three or four times. So many are gathered once and kept in the first cache.
+constexpr int kMostStaged = 32;
+
+template <class T, int N>
+struct StagedViews {
+  int count;
+  const LaneViews<T, N>& views;
+  Pack<T, N> points[2 * kMostStaged], weights[kMostStaged];
+
+  TRITOOL_HD explicit StagedViews(const LaneViews<T, N>& from) : count(from.count), views(from) {
+    if (views.points_stride[0] == 2 && views.points_stride[1] == 1)
+      gather_run<N>(views.points, 2 * count, points);
+    else
+      for (int view = 0; view < count; ++view)
+        for (int a = 0; a < 2; ++a)
+          points[2 * view + a] = gather(views.points, view * views.points_stride[0] + a * views.points_stride[1]);
+    if (views.weighted && views.weights_stride == 1)
+      gather_run<N>(views.weights, count, weights);
+    else
+      for (int view = 0; view < count; ++view) weights[view] = views.weight(view);
+  }
+  TRITOOL_HD Observation<Pack<T, N>> operator()(int view) const {
+    Observation<Pack<T, N>> observation;
+    observation.u = points[2 * view];
+    observation.v = points[2 * view + 1];
+    observation.weight = weights[view];
+    views.load_projection(view, observation.projection);
     return observation;
   }
 };
@@ -66,34 +103,50 @@ void forward(const TriangulateParams<T>& params, int64_t begin, int64_t end) {
     int64_t offset[N][Params::kOperands];
     const int lanes = lane_offsets<N>(params.batch, first, end, offset);
     P point[3];
-    triangulate_point<P>(lane_views<T, N>(params, offset), params.homogeneous, point);
+    const LaneViews<T, N> views = lane_views<T, N>(params, offset);
+    if (views.count <= kMostStaged)
+      triangulate_point<P>(StagedViews<T, N>(views), params.homogeneous, point);
+    else
+      triangulate_point<P>(views, params.homogeneous, point);
     for (int lane = 0; lane < lanes; ++lane)
       for (int k = 0; k < 3; ++k) params.points_3d[offset[lane][Params::kPoints3d] + k] = point[k].v[lane];
   }
 }
 
-// Takes the gradients of one view for a group of points and stores them, or adds them to the shared projections.
+// Takes the gradients of one view for a group of points; those to the shared projections are added at once, the others
+// stored by store(), as many at a time as are staged.
 template <class T, int N>
 struct LaneSink {
   const TriangulateBackwardParams<T>& params;
   const int64_t (&offset)[N][TriangulateBackwardParams<T>::kOperands];
   SharedSumLanes<T, N> projections;
   int lanes;
+  int first = 0, count = 0;  // the views that wait
+  Pack<T, N> points[2 * kMostStaged], weights[kMostStaged];
 
-  void operator()(int view, const ObservationGradient<Pack<T, N>>& gradient) {
-    using Params = TriangulateBackwardParams<T>;
-    for (int lane = 0; lane < lanes; ++lane) {
-      if (params.grad_points != nullptr) {
-        T* out = params.grad_points + offset[lane][Params::kGradPoints] + 2 * view;
-        out[0] = gradient.u.v[lane];
-        out[1] = gradient.v.v[lane];
-      }
-      if (params.grad_weights != nullptr)
-        params.grad_weights[offset[lane][Params::kGradWeights] + view] = gradient.weight.v[lane];
-    }
+  TRITOOL_HD void operator()(int view, const ObservationGradient<Pack<T, N>>& gradient) {
+    points[2 * count] = gradient.u;
+    points[2 * count + 1] = gradient.v;
+    weights[count] = gradient.weight;
+    if (++count == kMostStaged) store();
     if (params.grad_projections == nullptr) return;
     for (int i = 0; i < 3; ++i)
       for (int j = 0; j < 4; ++j) projections.add(view * 12 + i * 4 + j, gradient.projection[i][j]);
+  }
+  TRITOOL_HD void store() {
+    using Params = TriangulateBackwardParams<T>;
+    T* to[N];
+    if (params.grad_points != nullptr) {
+      for (int lane = 0; lane < N; ++lane)
+        to[lane] = params.grad_points + offset[lane][Params::kGradPoints] + 2 * first;
+      scatter_run<N>(to, lanes, 2 * count, points);
+    }
+    if (params.grad_weights != nullptr) {
+      for (int lane = 0; lane < N; ++lane) to[lane] = params.grad_weights + offset[lane][Params::kGradWeights] + first;
+      scatter_run<N>(to, lanes, count, weights);
+    }
+    first += count;
+    count = 0;
   }
 };
 
@@ -114,10 +167,15 @@ void backward(const TriangulateBackwardParams<T>& params, const SharedSumPlan& p
       const T* grads[N];
       for (int lane = 0; lane < N; ++lane) grads[lane] = params.grad + offset[lane][Params::kGrad];
       const P grad[3] = {gather(grads, 0), gather(grads, params.grad_stride), gather(grads, 2 * params.grad_stride)};
-      LaneSink<T, N> sink{params, offset, {}, lanes};
+      LaneSink<T, N> sink{params, offset, {}, lanes, 0, 0, {}, {}};
       if (summed)
         sink.projections = sum_targets<T, N>(offset, Params::kGradProjections, params.grad_projections, partial, lanes);
-      triangulate_point_vjp<P>(lane_views<T, N>(params, offset), params.homogeneous, grad, sink);
+      const LaneViews<T, N> views = lane_views<T, N>(params, offset);
+      if (views.count <= kMostStaged)
+        triangulate_point_vjp<P>(StagedViews<T, N>(views), params.homogeneous, grad, sink);
+      else
+        triangulate_point_vjp<P>(views, params.homogeneous, grad, sink);
+      sink.store();
     }
   }
 }

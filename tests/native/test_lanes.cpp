@@ -121,11 +121,11 @@ void test_runs() {
       target[lane] = to[lane].data();
     }
     std::vector<NativePack<T>> packs(static_cast<size_t>(count), T(-2));
-    gather_run(source, count, packs.data());
+    gather_run<N>(source, count, packs.data());
     for (int e = 0; e < count; ++e)
       for (int lane = 0; lane < N; ++lane) CHECK(packs[static_cast<size_t>(e)][lane] == T(100 * lane + e));
     const int lanes = count % N + 1;
-    scatter_run(target, lanes, count, packs.data());
+    scatter_run<N>(target, lanes, count, packs.data());
     for (int lane = 0; lane < N; ++lane)
       for (int e = 0; e < count; ++e)
         CHECK(to[lane][static_cast<size_t>(e)] == (lane < lanes ? T(100 * lane + e) : T(-1)));
