@@ -2,7 +2,9 @@
 """Measures a training step of each network, beside the same network on plain PyTorch geometry.
 
 Everything but the geometry is the same in both: the layers, their weights, the images. Versions
-take turns within each round; peak memory is measured in a fresh process for each. Writes one JSON,
+take turns within each round; peak memory is measured in a fresh process for each; a profile of one
+step tells the share of tritool's operations. On a GPU both are also measured with what dominates
+then made fast: layers compiled and under autocast to bfloat16. Writes one JSON,
 benchmarks/results/<version>/networks--<machine>--<device>.json (with --quick to .benchmarks/).
 """
 
@@ -35,9 +37,10 @@ from tritool import VoxelGrid, losses
 from tritool.models import AlgebraicTriangulation, RansacTriangulation, VolumetricTriangulation
 from tritool.training.loop import channels_last
 
-SCHEMA = 1
+SCHEMA = 2
 JOINTS = 17
 VERSIONS = ("tritool", "plain PyTorch")
+FAST = ", bfloat16, compiled"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Spec:
         )
 
 
-def specs(quick: bool) -> list[Spec]:
+def specs(quick: bool, device: str = "cpu") -> list[Spec]:
+    """The paper's batch of 5 is for a GPU."""
     if quick:
         tiny = {"batch": 2, "views": 2, "pixels": 128, "depth": 18, "width": 2, "deconv": 4}
         return [
@@ -77,7 +81,8 @@ def specs(quick: bool) -> list[Spec]:
         ]
     small = {"batch": 8, "views": 4, "pixels": 128, "depth": 18, "width": 16, "deconv": 32}
     small_v2v = {"v2v_width": 12, "v2v_front_width": 16}
-    paper = {"batch": 1, "views": 4, "pixels": 384, "depth": 152, "width": 64, "deconv": 256}
+    batch = 5 if device == "cuda" else 1
+    paper = {"batch": batch, "views": 4, "pixels": 384, "depth": 152, "width": 64, "deconv": 256}
     return [
         Spec("ransac", **small),
         Spec("algebraic", **small),
@@ -87,10 +92,10 @@ def specs(quick: bool) -> list[Spec]:
     ]
 
 
-def training_step(spec: Spec, device: str) -> Callable[[], Tensor]:
+def training_step(spec: Spec, device: str, fast: bool = False) -> Callable[[], Tensor]:
     """Forward, loss, backward and an Adam step, on fixed random images and a ring of cameras.
 
-    The step returns its loss.
+    `fast`: the layers are compiled, and under autocast to bfloat16. The step returns its loss.
     """
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
@@ -117,16 +122,24 @@ def training_step(spec: Spec, device: str) -> Callable[[], Tensor]:
     cells = spec.pixels // 4
     places = (torch.rand(spec.batch, spec.views, JOINTS, 2, generator=generator) * cells).to(device)
 
-    def step() -> Tensor:
+    if fast:
+        for name in ("backbone", "volume_net"):
+            if hasattr(network, name):
+                setattr(network, name, torch.compile(getattr(network, name)))
+
+    def loss_of_step() -> Tensor:
         if spec.network == "ransac":
             heatmaps = network.backbone(images).heatmaps  # type: ignore[operator]
-            loss = losses.heatmap_mse(heatmaps, places)
-        elif spec.network == "algebraic":
+            return losses.heatmap_mse(heatmaps, places)
+        if spec.network == "algebraic":
             found = network(images, projections).keypoints_3d
-            loss = losses.soft_mse(found / 10, target / 10)
-        else:
-            output = network(images, projections, centers)
-            loss = losses.l1(output.keypoints_3d / 10, target / 10)
+            return losses.soft_mse(found / 10, target / 10)
+        output = network(images, projections, centers)
+        return losses.l1(output.keypoints_3d / 10, target / 10)
+
+    def step() -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=fast):
+            loss = loss_of_step()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -138,7 +151,7 @@ def training_step(spec: Spec, device: str) -> Callable[[], Tensor]:
 @contextmanager
 def geometry(version: str) -> Iterator[None]:
     """Inside, the networks use tritool's operations or plain PyTorch for them."""
-    if version == "tritool":
+    if version.removesuffix(FAST) == "tritool":
         yield
         return
     algebraic, volumetric = "tritool.models.algebraic", "tritool.models.volumetric"
@@ -177,19 +190,44 @@ def plain_unproject(
 # ---- measuring ----
 
 
-def versions_of(spec: Spec) -> tuple[str, ...]:
+def versions_of(spec: Spec, device: str) -> tuple[str, ...]:
     """The baseline's training step has no geometry of ours to replace."""
-    return VERSIONS[:1] if spec.network == "ransac" else VERSIONS
+    versions = VERSIONS[:1] if spec.network == "ransac" else VERSIONS
+    return versions + tuple(name + FAST for name in versions) if device == "cuda" else versions
+
+
+def op_shares(step: Callable[[], object], device: str) -> dict[str, float]:
+    """The part of a step's time that each of tritool's operations takes, and all of them.
+
+    On the CPU of the time of all operations, on a GPU of that of all kernels.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    step()
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    events = profile.key_averages()
+    # An operation of ours has none of anyone's inside but those that make its tensors.
+    kind = "device" if device == "cuda" else "cpu"
+    total = sum(getattr(event, f"self_{kind}_time_total") for event in events)
+    shares = {
+        event.key: getattr(event, f"{kind}_time_total") / total
+        for event in events
+        if event.key.startswith("tritool::")
+    }
+    return {"all": sum(shares.values()), **shares}
 
 
 def measure(request: Json) -> Json:
     """What a child process does: times of all versions, or the peak memory of one."""
     torch.set_num_threads(request["threads"])
-    spec = next(s for s in specs(request["quick"]) if s.name == request["case"])
     device = request["device"]
+    spec = next(s for s in specs(request["quick"], device) if s.name == request["case"])
 
     def call(version: str) -> Callable[[], object]:
-        step = training_step(spec, device)
+        step = training_step(spec, device, fast=version.endswith(FAST))
 
         def run() -> None:
             with geometry(version):
@@ -199,8 +237,14 @@ def measure(request: Json) -> Json:
 
     if request["memory_of"]:
         return {"peak_mib": bench.peak_memory(call(request["memory_of"]), device)}
-    calls = {version: call(version) for version in versions_of(spec)}
-    return bench.time_calls(calls, "tritool", device, request["seconds"])
+    calls = {version: call(version) for version in versions_of(spec, device)}
+    times = bench.time_calls(calls, "tritool", device, request["seconds"])
+    shares = {
+        version: op_shares(calls[version], device)
+        for version in calls
+        if version.removesuffix(FAST) == "tritool"
+    }
+    return {"times": times, "op_shares": shares}
 
 
 def ask(request: Json, malloc: dict[str, str]) -> Json:
@@ -236,19 +280,22 @@ def main(arguments: list[str] | None = None) -> int:
     started = datetime.datetime.now(datetime.timezone.utc)
     load = os.getloadavg()[0]
     cases = []
-    for spec in specs(options.quick):
+    for spec in specs(options.quick, options.device):
         if options.only not in spec.name:
             continue
         request: Json = {
             "case": spec.name, "device": options.device, "threads": threads,
             "seconds": seconds, "quick": options.quick, "memory_of": "",
         }  # fmt: skip
-        times = ask(request, bench.KEPT_PAGES if options.device == "cpu" else {})
-        rows = []
-        for version in versions_of(spec):
+        found = ask(request, bench.KEPT_PAGES if options.device == "cpu" else {})
+        rows: list[Json] = []
+        for version, times in found["times"].items():
             peak = ask(request | {"memory_of": version}, bench.RETURNED_PAGES)["peak_mib"]
-            rows.append({"name": version, "times": times[version], "peak_memory_mib": peak})
-            text = f"{times[version]['median_ms']:.4g} ms, peak {peak:.4g} MiB"
+            rows.append({"name": version, "times": times, "peak_memory_mib": peak})
+            text = f"{times['median_ms']:.4g} ms, peak {peak:.4g} MiB"
+            if version in found["op_shares"]:
+                rows[-1]["op_shares"] = found["op_shares"][version]
+                text += f", operations {100 * found['op_shares'][version]['all']:.2g} %"
             print(f"{spec.name}: {version}: {text}", file=sys.stderr)
         cases.append({"network": spec.network, "size": spec.name, "variants": rows})
     result = {

@@ -262,15 +262,24 @@ What stands between these and their targets, and what was tried:
 
 - `unproject` reads 2 KiB of features for every voxel (four views, four pixels of 32 channels) and
   takes 128 exponentials for a softmax; the backward does all of that again and then adds as much to
-  the gradient. Tried and kept: blocks of voxels side by side, which see the same pixels; no
-  question to a view where all views see the whole block; results written past the caches. Dropped:
-  blocks of 32 voxels (slower), the number of views known to the compiler (no faster than a loop
-  without questions).
+  the gradient. Tried and kept: blocks of voxels in tiles of the grid, which see the same pixels;
+  features and the sums of their gradient in tiles of a page of memory; the incoming gradient, whose
+  channels lie far from each other, and the next pixels prefetched; no features read for a gradient
+  that does not depend on them; no question to a view where all views see the whole block; results
+  written past the caches. Dropped: blocks of 32 voxels, channels in groups of 16 and one division
+  in place of two (all slower); the number of views known to the compiler, rows of pixels turned
+  against each other so that they share no cache set, larger and smaller tiles of the grid (no
+  faster).
 - `soft_argmax*` is an exponential for each element and the walk through memory. Tried and kept: one
   pass over each row in place of two; prefetching; gradients of large volumes written past the
-  caches. The backward reads the logits again and writes as much.
-- `rigid_align`: tried and kept, prefetching the next sets. What bounds it, and the backward of
-  `triangulate` for many views, has not been measured.
+  caches. The backward reads the logits again and writes as much. In a profile of the forward most
+  samples lie at the end of the exponential's chain of dependent operations; what a row adds to it
+  is little.
+- `triangulate`: tried and kept, views gathered once, by whole vectors turned over in registers;
+  reciprocal square roots by estimate and a Newton step.
+- `rigid_align`: tried and kept, sets gathered likewise, the next ones prefetched. A profile shows
+  no single place: the sums over the points, the turning over of vectors and the 3x3 decomposition,
+  of which each step waits for the one before.
 """
 
 
@@ -354,15 +363,17 @@ def networks_section(result: Json) -> str:
             rows.append([
                 case["size"], row["name"], f"{number(times['median_ms'])} {quartiles}",
                 number(times["ratio"]), number(row["peak_memory_mib"]),
+                f"{number(100 * row['op_shares']['all'])} %" if "op_shares" in row else "-",
             ])  # fmt: skip
-    header = ["network", "geometry", "step ms", "ratio", "peak MiB"]
+    header = ["network", "geometry", "step ms", "ratio", "peak MiB", "tritool's ops"]
     git = result["environment"]["git"]
     commit = (git["commit"] or "unknown")[:10] + (" with changes" if git["dirty"] else "")
     return "\n\n".join([
         f"## Training steps of networks: {processor(result)}",
-        "One step: forward, loss, backward, Adam; float32, images on the device. The versions "
-        "differ in their geometry alone and take turns. Peak memory is that of a step in a fresh "
-        "process, above weights and images. Most of a step is convolutions.",
+        "One step: forward, loss, backward, Adam; float32 unless said otherwise, images on the "
+        "device. The versions differ in their geometry alone and take turns. Peak memory is that "
+        "of a step in a fresh process, above weights and images. The last column is the part of "
+        "a profiled step that tritool's operations take; the rest is nearly all convolutions.",
         f"{result['date'][:10]}; commit {commit}; torch {result['environment']['torch']}; load "
         "average at the beginning and the end: {}, {}.".format(*result["settings"]["load_average"]),
         table(header, rows, left=2),

@@ -422,6 +422,10 @@ def check_networks(result: Json) -> None:
         for row in case["variants"]:
             assert 0 < row["times"]["q1_ms"] <= row["times"]["median_ms"] <= row["times"]["q3_ms"]
             assert row["peak_memory_mib"] >= 0
+            ours = case["network"] != "ransac" and row["name"] == "tritool"
+            shares = row.get("op_shares", {"all": 0.0})
+            assert all(0 < share < 1 for share in shares.values()) == ours
+            assert sum(shares.values()) == pytest.approx(2 * shares["all"])
     section = report.networks_section(result)
     assert all(case["size"] in section for case in result["cases"])
 
@@ -452,6 +456,19 @@ def test_both_geometries_of_a_network_give_the_same_loss(network: str) -> None:
         with networks.geometry(version):
             losses.append(float(step()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_fast_layers_leave_the_geometry_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 changes the loss by no more than its rounding; what is compiled are the layers."""
+    spec = next(s for s in networks.specs(True) if s.network == "volumetric")
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda layers: compiled.append(type(layers)) or layers)
+    exact, fast = (
+        float(networks.training_step(spec, "cpu", fast=fast)()) for fast in (False, True)
+    )
+    assert [layers.__name__ for layers in compiled] == ["PoseResNet", "V2V"]
+    assert fast != exact
+    assert fast == pytest.approx(exact, rel=0.02)
 
 
 # ---- studies ----

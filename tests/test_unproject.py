@@ -110,7 +110,7 @@ def test_a_grid_is_its_points(device: str) -> None:
 @pytest.mark.parametrize("channels", [3, 32])
 @pytest.mark.parametrize("aggregation", ["sum", "softmax"])
 def test_a_large_grid_is_its_points(aggregation: str, channels: int, device: str) -> None:
-    """More voxels each way than the CPU kernels take at once, in tiles that do not come out even."""
+    """More voxels than the CPU kernels take at once, in tiles that do not come out even."""
     options = {"size": (11, 17, 32), "channels": channels, "aggregation": aggregation}
     scene = scene_of(batch=(2, 1, 1, 1), **options)
     features, projections, *frame = operands_of(scene, device)

@@ -39,8 +39,11 @@ int64_t check_inputs(const Inputs& inputs, int64_t aggregation, const char* op) 
   // One view's map is addressed by 32 bits, its rows filled up to 16 elements or more.
   const int64_t row = (features.size(-3) + 15) / 16 * 16;
   STD_TORCH_CHECK(features.size(-2) >= 1 && features.size(-1) >= 1, op, ": features must have H and W of 1 or more");
-  STD_TORCH_CHECK(row * features.size(-2) * features.size(-1) < (int64_t(1) << 31), op, ": a view has ",
-                  row * features.size(-2) * features.size(-1), " features; fewer than 2^31 are supported");
+  const bool on_cpu = features.is_cpu();
+  const int64_t height = on_cpu ? cpu::tiles_up(features.size(-2), cpu::kTileRows) : features.size(-2);
+  const int64_t width = on_cpu ? cpu::tiles_up(features.size(-1), cpu::kTileColumns) : features.size(-1);
+  STD_TORCH_CHECK(row * height * width < (int64_t(1) << 31), op, ": a view has ", row * height * width,
+                  " features; fewer than 2^31 are supported");
   STD_TORCH_CHECK(points < (int64_t(1) << 31), op, ": ", points, " voxels; fewer than 2^31 are supported");
   STD_TORCH_CHECK(features.is_cpu() || features.size(-4) <= cuda::kUnprojectMaxViews, op, ": ", features.size(-4),
                   " views; on CUDA at most ", cuda::kUnprojectMaxViews, " are supported");
