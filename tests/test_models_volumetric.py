@@ -611,8 +611,8 @@ def test_overfits_one_batch() -> None:
         v2v_front_width=8, random_rotation=False,
     )  # fmt: skip
     optimizer = torch.optim.Adam(network.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-2, total_steps=70)
-    for _ in range(70):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-2, total_steps=100)
+    for _ in range(100):
         optimizer.zero_grad()
         loss = (network(x, projections, centers).keypoints_3d - truth).norm(dim=-1).mean()
         loss.backward()
