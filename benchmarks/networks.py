@@ -37,7 +37,7 @@ from tritool import VoxelGrid, losses
 from tritool.models import AlgebraicTriangulation, RansacTriangulation, VolumetricTriangulation
 from tritool.training.loop import channels_last
 
-SCHEMA = 2
+SCHEMA = 1
 JOINTS = 17
 VERSIONS = ("tritool", "plain PyTorch")
 FAST = ", bfloat16, compiled"
