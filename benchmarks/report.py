@@ -272,14 +272,11 @@ What stands between these and their targets, and what was tried:
   faster).
 - `soft_argmax*` is an exponential for each element and the walk through memory. Tried and kept: one
   pass over each row in place of two; prefetching; gradients of large volumes written past the
-  caches. The backward reads the logits again and writes as much. In a profile of the forward most
-  samples lie at the end of the exponential's chain of dependent operations; what a row adds to it
-  is little.
+  caches. The backward reads the logits again and writes as much.
 - `triangulate`: tried and kept, views gathered once, by whole vectors turned over in registers;
   reciprocal square roots by estimate and a Newton step.
-- `rigid_align`: tried and kept, sets gathered likewise, the next ones prefetched. A profile shows
-  no single place: the sums over the points, the turning over of vectors and the 3x3 decomposition,
-  of which each step waits for the one before.
+- `rigid_align`: tried and kept, sets gathered likewise, the next ones prefetched. What bounds it has
+  not been measured.
 """
 
 

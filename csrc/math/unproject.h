@@ -125,7 +125,7 @@ class ViewAggregate {
       value = select(confidence != T(0), value, T(0));  // 0 * NaN
       confidence = select((confidence >= T(0)) & is_finite(confidence), confidence, quiet_nan<T>());
     }
-    if constexpr (kBy == Aggregation::kSum || kBy == Aggregation::kMean) {
+    if constexpr (is_linear(kBy)) {
       total_ = kWeighted ? total_ + confidence * value : total_ + value;
       if constexpr (kWeighted || kBy == Aggregation::kMean) norm_ = norm_ + confidence;
       return T(1);

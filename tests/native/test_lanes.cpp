@@ -104,6 +104,18 @@ void test_multiply_subtract() {
   }
 }
 
+// Two roundings, as on CUDA.
+template <class T>
+void test_reciprocal_roots() {
+  using P = NativePack<T>;
+  for (int trial = 0; trial < 2000; ++trial) {
+    const T x = T(std::ldexp(uniform(1.0, 4.0), int(uniform(-60.0, 60.0)) * 2));
+    const double exact = 1.0 / std::sqrt(double(x));
+    CHECK(std::fabs(double(rsqrt_(P(x))[0]) - exact) <= 2.0 * double(epsilon<T>()) * exact);
+  }
+  CHECK(std::isnan(rsqrt_(P(T(NAN)))[0]));
+}
+
 // ---- Runs of neighbouring elements ----
 
 // Every length, from memory of just that length: as the sanitizers see, nothing beyond is touched.
@@ -370,6 +382,8 @@ void test_lanes() {
   test_words<double>();
   test_multiply_subtract<float>();
   test_multiply_subtract<double>();
+  test_reciprocal_roots<float>();
+  test_reciprocal_roots<double>();
   test_runs<float>();
   test_runs<double>();
   test_svd3<float>();
