@@ -275,8 +275,8 @@ What stands between these and their targets, and what was tried:
   caches. The backward reads the logits again and writes as much.
 - `triangulate`: tried and kept, views gathered once, by whole vectors turned over in registers;
   reciprocal square roots by estimate and a Newton step.
-- `rigid_align`: tried and kept, sets gathered likewise, the next ones prefetched. What bounds it has
-  not been measured.
+- `rigid_align`: tried and kept, sets gathered likewise, the next ones prefetched. What bounds it
+  has not been measured.
 """
 
 

@@ -158,7 +158,7 @@ TRITOOL_HD void gather_run(const T* const* base, int64_t count, Pack<T, N>* resu
       for (int e = 0; e < N; ++e) result[at + e] = square[e];
     }
   } else if constexpr (kHasHalves<T, N>) {
-    Pack<T, N / 2> low[N], high[N];
+    Pack<T, N / 2> low[N] = {}, high[N] = {};  // GCC does not see that the first `count` are written
     gather_run<N / 2>(base, count, low);
     gather_run<N / 2>(base + N / 2, count, high);
     for (int64_t e = 0; e < count; ++e) result[e] = join_halves<Pack<T, N>>(low[e], high[e]);
