@@ -273,8 +273,9 @@ What stands between these and their targets, and what was tried:
 - `soft_argmax*` is an exponential for each element and the walk through memory. Tried and kept: one
   pass over each row in place of two; prefetching; gradients of large volumes written past the
   caches. The backward reads the logits again and writes as much.
-- `triangulate`: tried and kept, views gathered once, by whole vectors turned over in registers;
-  reciprocal square roots by estimate and a Newton step.
+- `triangulate`: tried and kept, views gathered once, by whole vectors turned over in registers.
+  Dropped: reciprocal square roots by estimate and a Newton step (less accurate where views hardly
+  agree).
 - `rigid_align`: tried and kept, sets gathered likewise, the next ones prefetched. What bounds it
   has not been measured.
 """

@@ -133,16 +133,7 @@ TRITOOL_PACK TRITOOL_HD Pack<T, N> sqrt_(const Pack<T, N>& x) {
   for (int lane = 0; lane < N; ++lane) result.v[lane] = sqrt_(x.v[lane]);
   return result;
 }
-TRITOOL_PACK TRITOOL_HD Pack<T, N> rsqrt_(const Pack<T, N>& x) {
-#if defined(__AVX512F__)
-  // An estimate of 14 bits and a Newton step, in place of a square root and a division. NaN for an infinity.
-  if constexpr (sizeof(x.v) == 64 && sizeof(T) == 4) {
-    const auto y = Pack<T, N>::of(_mm512_maskz_rsqrt14_ps(0xffff, x.v));
-    return y + y * Pack<T, N>(T(0.5)) * (Pack<T, N>(T(1)) - x * y * y);
-  }
-#endif
-  return Pack<T, N>(T(1)) / sqrt_(x);
-}
+TRITOOL_PACK TRITOOL_HD Pack<T, N> rsqrt_(const Pack<T, N>& x) { return Pack<T, N>(T(1)) / sqrt_(x); }
 TRITOOL_PACK TRITOOL_HD Pack<T, N> abs_(const Pack<T, N>& x) {
   using Vector = typename PackMask<T, N>::Vector;
   using Integer = typename IntegerOf<T>::type;
