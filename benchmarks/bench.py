@@ -250,6 +250,19 @@ def _cuda_sampler() -> Callable[[Call, int], float]:
     return sample
 
 
+def bandwidth(device: str, seconds: float, bytes_: int = 256 << 20) -> dict[str, float]:
+    """What memory gives, in GB/s: PyTorch's copy of a large tensor, read + written, and its sum."""
+    source = torch.ones(bytes_ // 4, device=device)
+    target = torch.zeros_like(source).fill_(1)  # zeros alone may have no memory of their own yet
+    times = time_calls(
+        {"copy": lambda: target.copy_(source), "sum": source.sum}, "copy", device, seconds
+    )
+    moved = {"copy": 2 * bytes_, "sum": bytes_}
+    return {
+        name: significant(moved[name] / times[name]["median_ms"] / 1e6) for name in ("copy", "sum")
+    }
+
+
 # ---- memory ----
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's table, docs/benchmarks.md and its picture from the committed JSON.
+"""Writes the README's table, docs/benchmarks.md and its pictures from the committed JSON.
 
 `--check` writes nothing and exits with status 1 if the README or the page is not what the JSON
 says.
@@ -8,99 +8,29 @@ says.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import plots
 from bench import MODES, Json
+from recorded import (
+    CALLS,
+    MODE_NAMES,
+    NETWORKS,
+    factor,
+    fastest_rival,
+    load,
+    load_suite,
+    number,
+    ours,
+    plain_pytorch,
+    processor,
+    table,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-MODE_NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
-NETWORKS, CALLS = "networks", "calls"
-SUITE_ORDER = ("ops", "ops-all-threads", "ops-default-malloc")
-
-
-# ---- reading ----
-
-
-def load(folder: Path, version: str | None = None) -> list[Json]:
-    """All results of one version, by default the highest; the main suite and CPUs first."""
-    versions = sorted(
-        (path for path in folder.iterdir() if path.is_dir() and any(path.glob("*.json"))),
-        key=lambda path: tuple(
-            int(part) if part.isdigit() else -1 for part in path.name.split(".")
-        ),
-    )
-    if not versions or version not in {None, *(path.name for path in versions)}:
-        raise SystemExit(f"report.py: no results of version {version or 'any'} in {folder}")
-    chosen = folder / version if version else versions[-1]
-    results = [json.loads(path.read_text()) for path in sorted(chosen.glob("*.json"))]
-    # Training steps and small calls have tables of their own; studies write theirs themselves.
-    results = [
-        result
-        for result in results
-        if result["suite"] not in (NETWORKS, CALLS) and not result["suite"].startswith("study-")
-    ]
-
-    def order(result: Json) -> tuple[int, str, str]:
-        suite = result["suite"]
-        rank = SUITE_ORDER.index(suite) if suite in SUITE_ORDER else len(SUITE_ORDER)
-        return rank, result["device"], result["machine"]
-
-    return sorted(results, key=order)
-
-
-def load_suite(folder: Path, version: str, suite: str) -> list[Json]:
-    """What was measured of one of the suites with tables of their own, with a version."""
-    found = sorted((folder / version).glob(f"{suite}--*.json"))
-    return [json.loads(path.read_text()) for path in found]
-
-
-def ours(case: Json) -> Json:
-    return next(row for row in case["variants"] if row["name"] == "tritool")  # type: ignore[no-any-return]
-
-
-def plain_pytorch(case: Json) -> list[Json]:
-    """The plain PyTorch versions that are accurate; packages are not plain PyTorch."""
-    kinds = ("pytorch", "compiled")
-    return [row for row in case["variants"] if row["kind"] in kinds and row.get("accurate")]
-
-
-def fastest_rival(case: Json, mode: str) -> Json | None:
-    rows = [row for row in plain_pytorch(case) if mode in row["times"]]
-    return min(rows, key=lambda row: row["times"][mode]["ratio"], default=None)
-
-
-# ---- writing ----
-
-
-def number(value: float | None) -> str:
-    """Three digits, without an exponent where that stays readable."""
-    if value is None:
-        return "-"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return f"{value:.1e}"
-
-
-def factor(value: float) -> str:
-    return f"{value:.0f}x" if value >= 10 else f"{value:.2g}x"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A Markdown table, its first `left` columns flush left and the others right."""
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
-
-
-def processor(result: Json) -> str:
-    environment = result["environment"]
-    if result["device"] == "cuda":
-        return str(environment["gpu"]["name"])
-    threads = result["settings"]["threads"]
-    return f"{environment['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def caption(result: Json) -> str:
@@ -243,6 +173,24 @@ How it is measured:
 """
 
 
+SPEED_UPS, BANDWIDTH, SCALING = "benchmark.png", "benchmark-bandwidth.png", "benchmark-scaling.png"
+PICTURES = f"""\
+![Speed-up over the fastest accurate plain PyTorch version]({{images}}/{SPEED_UPS})
+
+How near calls come to what memory gives: the bytes that a call cannot do without (each input read
+once, each result written once; forward + backward: both, one after the other), over its time and
+the faster of PyTorch's copy and sum of 256 MiB on the same machine. Operands of 4 MiB and more;
+those that are still in the caches can be faster than memory. Where a bar is short, computing bounds
+the call.
+
+![Bandwidth reached, of what memory gives]({{images}}/{BANDWIDTH})
+
+Times over one size each, the others as they stand above the panel:
+
+![Times over numbers of points, views, batches, channels and voxels]({{images}}/{SCALING})
+"""
+
+
 # What a CPU thread is to reach: operation, size, the rival (None: the fastest accurate plain
 # PyTorch version), and how many times as fast as that, forward and with the backward.
 TARGETS = (
@@ -306,11 +254,11 @@ def targets_section(result: Json) -> str:
 
 def docs_page(
     results: Sequence[Json],
-    image: str,
+    images: str,
     networks: Sequence[Json] = (),
     calls: Sequence[Json] = (),
 ) -> str:
-    parts = [METHOD, f"![Speed-up over the fastest accurate plain PyTorch version]({image})\n"]
+    parts = [METHOD, PICTURES.format(images=images)]
     for result in results:
         parts.append(f"## {result['suite']}: {processor(result)}\n")
         parts.append(f"{caption(result)}.\n\n{setting_lines(result)}\n")
@@ -381,10 +329,13 @@ def networks_section(result: Json) -> str:
 def setting_lines(result: Json) -> str:
     environment, settings = result["environment"], result["settings"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["rivals"].items())
+    given = settings["bandwidth_gb_s"]
     lines = [
         f"System: {environment['system']}, {environment['cores']} cores, "
         f"{environment['memory_gib']} GiB, Python {environment['python']}.",
         f"Packages: {packages or 'none'}.",
+        f"Memory: {number(given['copy'])} GB/s copied (read + written), "
+        f"{number(given['sum'])} GB/s summed up.",
         "Load average at the beginning and the end: {}, {}.".format(*settings["load_average"]),
     ]
     if settings["malloc"]:
@@ -444,68 +395,6 @@ def variant_cells(row: Json, operands: Json | None) -> Iterator[str]:
     yield " / ".join(peaks) if row["peak_memory_mib"] else "-"
 
 
-def plot(results: Sequence[Json], path: Path) -> None:
-    """Horizontal bars on a logarithmic axis, one panel per machine of the main suite."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    chosen = [result for result in results if result["suite"] == "ops"]
-    cases = max(len(result["cases"]) for result in chosen)
-    figure, panels = plt.subplots(
-        1,
-        len(chosen),
-        figsize=(7.5 * len(chosen), 1.2 + 0.42 * cases),
-        squeeze=False,
-        layout="constrained",
-    )
-    colours = {"forward": "#1f77b4", "forward_backward": "#ff7f0e"}
-    for panel, result in zip(panels[0], chosen, strict=True):
-        labels = [f"{case['op']}  {case['size']}" for case in result["cases"]]
-        for shift, mode in zip((-0.2, 0.2), MODES, strict=True):
-            bars = [
-                (row, rival["times"][mode]["ratio"])
-                for row, case in enumerate(result["cases"])
-                if "failure" not in case and (rival := fastest_rival(case, mode)) is not None
-            ]
-            rows = [row + shift for row, _ in bars]
-            widths = [ratio - 1 for _, ratio in bars]
-            drawn = panel.barh(
-                rows, widths, height=0.38, left=1, color=colours[mode], label=MODE_NAMES[mode]
-            )
-            for bar, (_, ratio) in zip(drawn, bars, strict=True):
-                panel.annotate(
-                    factor(ratio),
-                    (ratio, bar.get_y() + bar.get_height() / 2),
-                    xytext=(3 if ratio >= 1 else -3, 0),
-                    textcoords="offset points",
-                    ha="left" if ratio >= 1 else "right",
-                    va="center",
-                    fontsize=7,
-                )
-        panel.set(xscale="log", yticks=range(len(labels)), title=processor(result))
-        panel.set_xlabel("speed-up over the fastest accurate plain PyTorch version")
-        panel.set_yticklabels(labels, fontsize=8)
-        panel.invert_yaxis()
-        panel.axvline(1, color="black", linewidth=0.8)
-        low, high = panel.get_xlim()
-        panel.set_xlim(min(low, 0.7) * 0.8, high * 1.6)
-        ticks = [
-            tick
-            for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
-            if panel.get_xlim()[0] <= tick <= panel.get_xlim()[1]
-        ]
-        panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-        panel.minorticks_off()
-        panel.grid(axis="x", alpha=0.3)
-        panel.set_axisbelow(True)
-        panel.legend(loc="lower right", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -520,17 +409,18 @@ def main(arguments: list[str] | None = None) -> int:
     results = load(options.results, options.version)
     version = results[0]["environment"]["tritool"]["tritool"]
     networks, calls = (load_suite(options.results, version, suite) for suite in (NETWORKS, CALLS))
-    image = options.docs / "images" / "benchmark.png"
+    images = options.docs / "images"
+    pictures = [images / name for name in (SPEED_UPS, BANDWIDTH, SCALING)]
     page = options.docs / "benchmarks.md"
     texts = {
         options.readme: with_block(options.readme.read_text(), readme_block(results)),
-        page: docs_page(results, "images/benchmark.png", networks, calls),
+        page: docs_page(results, "images", networks, calls),
     }
     if options.check:
         stale = [
             path for path, text in texts.items() if not path.exists() or path.read_text() != text
         ]
-        stale += [] if image.exists() else [image]
+        stale += [picture for picture in pictures if not picture.exists()]
         for path in stale:
             print(
                 f"report.py: {path} is not what the results say; type: python benchmarks/report.py",
@@ -540,7 +430,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.docs.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         path.write_text(text)
-    plot(results, image)
+    main_suite, threaded = (
+        [r for r in results if r["suite"] == suite] for suite in ("ops", "ops-all-threads")
+    )
+    plots.draw_speed_ups(main_suite, pictures[0])
+    plots.draw_bandwidth(main_suite, pictures[1])
+    plots.draw_scaling(main_suite, threaded, pictures[2])
     return 0
 
 

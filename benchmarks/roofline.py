@@ -29,7 +29,7 @@ import suites
 import torch
 from bench import Json
 from launches import SECULAR, TRIPS, WARP, Launch, l2_bytes, launches_of, operand_bytes
-from report import number, table
+from recorded import number, table
 from run import SCHEMA, write
 from sass import Code, by_kind, count
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -81,6 +81,7 @@ def measure(options: argparse.Namespace) -> Json:
     malloc = bench.KEPT_PAGES if options.suite == "ops" else {}
     started = datetime.datetime.now(datetime.timezone.utc)
     load_before = os.getloadavg()[0]
+    bandwidth = work(request | {"what": "bandwidth"}, malloc)
     cases = []
     quiet = not sys.stderr.isatty()
     with tqdm(specs, file=sys.stderr, unit="case", leave=False, disable=quiet) as bar:
@@ -102,6 +103,7 @@ def measure(options: argparse.Namespace) -> Json:
             "seed": suites.SEED,
             "malloc": malloc,
             "cold_l2": options.device == "cuda",
+            "bandwidth_gb_s": bandwidth,
             "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],
         },
         "environment": environment,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures one case in a process of its own and prints the result as JSON; started by run.py.
+"""Measures one case, or memory's bandwidth, in a process of its own and prints JSON; for run.py.
 
 A process per case: a rival that crashes takes nothing with it, no case inherits another's heap, and
 the settings of malloc and of the thread pools, which libraries read when they are loaded, hold from
@@ -26,6 +26,10 @@ def main() -> None:
         torch.set_num_threads(request["threads"])
         if (cv2 := rivals.installed("cv2")) is not None:
             cv2.setNumThreads(request["threads"])
+    if request["what"] == "bandwidth":
+        size = 8 << 20 if request["quick"] else 256 << 20
+        print(json.dumps(bench.bandwidth(request["device"], request["seconds"], size)))
+        return
     spec = next(s for s in suites.specs(request["quick"]) if s.name == request["case"])
     case = spec.build(request["device"])
     if request["compile"]:

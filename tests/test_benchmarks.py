@@ -107,6 +107,7 @@ def made_up() -> Json:
             "seed": 1,
             "malloc": {},
             "cold_l2": False,
+            "bandwidth_gb_s": {"copy": 20.0, "sum": 15.0},
             "load_average": [0.1, 0.2],
         },
         "environment": {
@@ -335,7 +336,7 @@ def test_report_prints_losses_and_leaves_out_the_inaccurate() -> None:
     assert "N=9" not in block  # a case that failed has no figures
     assert "Example CPU, 1 thread; 2024-06-07; tritool 0.1.0, commit 0000000000" in block
     assert "CUDA kernels have not been timed" in block
-    page = report.docs_page([made_up()], "x.png")
+    page = report.docs_page([made_up()], "images")
     assert "wrong but fast (*not accurate*)" in page
     assert "Not measured: status -11." in page
 
@@ -360,8 +361,13 @@ def test_report_is_idempotent_and_checks(
     assert "2024-06-07" in texts[0]  # of the highest version, not of the last by name
     assert texts[0].startswith(f"before\n{report.BEGIN}\n")
     assert texts[0].endswith(f"{report.END}\nafter\n")
-    assert (docs / "images" / "benchmark.png").stat().st_size > 1000
+    pictures = sorted((docs / "images").iterdir())
+    assert len(pictures) == 3
+    assert all(picture.stat().st_size > 1000 for picture in pictures)
+    assert all(f"images/{picture.name}" in texts[1] for picture in pictures)
     assert report.main([*options, "--check"]) == 0
+    pictures[0].unlink()
+    assert report.main([*options, "--check"]) == 1
     assert report.main(options) == 0
     assert texts == [readme.read_text(), (docs / "benchmarks.md").read_text()]
 

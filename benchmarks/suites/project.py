@@ -25,7 +25,9 @@ def project(quick: bool) -> list[Spec]:
             **flags,
         )
 
-    return [spec(33, 4)] if quick else [spec(100000, 4, headline=True, memory=True)]
+    if quick:
+        return [spec(33, 4)]
+    return [spec(100000, 4, headline=True, memory=True), spec(1000, 4), spec(100000, 31)]
 
 
 def _project_case(count: int, views: int, device: str) -> Case:

@@ -145,7 +145,10 @@ def soft_argmax3d(quick: bool) -> list[Spec]:
 
     if quick:
         return [spec(1, 3, 8)]
-    return [spec(4, 17, 64, headline=True, memory=True), spec(1, 17, 32)]
+    return [
+        spec(4, 17, 64, headline=True, memory=True),
+        *(spec(batch, 17, side) for batch, side in ((1, 64), (1, 32), (4, 32), (4, 16))),
+    ]
 
 
 def _soft_argmax3d_case(batch: int, joints: int, side: int, device: str) -> Case:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unprojection of four views' features into a cube around a person."""
+"""Unprojection of several views' features into a cube around a person."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def unproject(quick: bool) -> list[Spec]:
         voxels: int = 64,
         channels_last: bool = False,
         *,
+        views: int = 4,
         channels: int = 32,
         cells: tuple[int, int] = (96, 96),
         **flags: bool,
     ) -> Spec:
-        shape = {"B": batch, "C": 4, "K": channels, "H": cells[0], "W": cells[1]}
+        shape = {"B": batch, "C": views, "K": channels, "H": cells[0], "W": cells[1]}
         maps = "x".join(map(str, shape.values()))
         volume = dict.fromkeys("XYZ", voxels)
         layout = ", channels last" if channels_last else ""
@@ -57,8 +58,10 @@ def unproject(quick: bool) -> list[Spec]:
         spec("sum", memory=True),
         spec("mean"),
         spec("max"),
-        spec("softmax", batch=4),
-        spec("softmax", voxels=32),
+        *(spec("softmax", batch=batch) for batch in (2, 4)),
+        *(spec("softmax", voxels=voxels) for voxels in (16, 32)),
+        *(spec("softmax", views=views) for views in (2, 8)),
+        *(spec("softmax", channels=channels) for channels in (8, 64)),
     ]
 
 

@@ -181,7 +181,7 @@ TRITOOL_HD void scatter_run(T* const* base, int lanes, int64_t count, const Pack
         if (lane < lanes) memcpy(base[lane] + at, &square[lane].v, sizeof square[lane].v);
     }
   } else if constexpr (kHasHalves<T, N>) {
-    Pack<T, N / 2> low[N], high[N];
+    Pack<T, N / 2> low[N] = {}, high[N] = {};  // as above
     for (int64_t e = 0; e < count; ++e) split_halves(values[e], low[e], high[e]);
     scatter_run<N / 2>(base, lanes < N / 2 ? lanes : N / 2, count, low);
     if (lanes > N / 2) scatter_run<N / 2>(base + N / 2, lanes - N / 2, count, high);
@@ -189,6 +189,19 @@ TRITOOL_HD void scatter_run(T* const* base, int lanes, int64_t count, const Pack
     for (int lane = 0; lane < lanes; ++lane)
       for (int64_t e = 0; e < count; ++e) base[lane][e] = values[e].v[lane];
   }
+}
+
+// `scatter_run`; past the caches if that is wanted and the places follow each other in whole lines. `block` has room
+// for all lanes.
+template <int N, class T>
+TRITOOL_HD void stream_run(T* const* base, int lanes, int64_t count, const Pack<T, N>* values, bool wanted, T* block) {
+  bool streamed = wanted && lanes == N && is_aligned(base[0]);
+  for (int lane = 0; lane < N; ++lane) streamed = streamed && base[lane] == base[0] + lane * count;
+  T* row[N];
+  for (int lane = 0; lane < N; ++lane) row[lane] = streamed ? block + lane * count : base[lane];
+  scatter_run<N>(row, lanes, count, values);
+  if (!streamed) return;
+  for (int64_t at = 0; at < N * count; at += N) stream_pack(base[0] + at, load_pack<Pack<T, N>>(block + at));
 }
 
 // The operands' offsets of the items first .. end-1, as many as there are lanes; lanes past the last item repeat it.

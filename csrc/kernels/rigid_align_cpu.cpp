@@ -51,6 +51,34 @@ struct LanePoints {
   }
 };
 
+// Asks for the sets of the group that comes next, one set at a time: there is so much to compute for each point that
+// the processor's own prefetching loses the thread, and asked for all at once they keep everything else waiting.
+template <class T, int N>
+struct Prefetcher {
+  const T* source[N];
+  const T* target[N];
+  int64_t bytes;
+  int lane = 0;
+
+  template <class Params>
+  TRITOOL_HD Prefetcher(const Params& params, const int64_t (&offset)[N][Params::kOperands])
+      : bytes(params.points * 3 * int64_t(sizeof(T))) {
+    for (int n = 0; n < N; ++n) {
+      source[n] = params.source + offset[n][Params::kSource];
+      target[n] = params.target + offset[n][Params::kTarget];
+    }
+  }
+  TRITOOL_HD void step() {
+    constexpr int64_t kLine = 64;
+    if (lane == N) return;
+    for (int64_t at = 0; at < bytes; at += kLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(source[lane]) + at);
+      __builtin_prefetch(reinterpret_cast<const char*>(target[lane]) + at);
+    }
+    ++lane;
+  }
+};
+
 // The formulas pass over the points three times. Sets of up to this size are gathered once and kept in the first cache.
 constexpr int kMostStaged = 32;
 
@@ -58,9 +86,11 @@ template <class T, int N>
 struct StagedPoints {
   int count;
   bool weighted;
+  Prefetcher<T, N>& next;
   Pack<T, N> source[3 * kMostStaged], target[3 * kMostStaged], weight[kMostStaged];
 
-  TRITOOL_HD explicit StagedPoints(const LanePoints<T, N>& points) : count(points.count), weighted(points.weighted) {
+  TRITOOL_HD StagedPoints(const LanePoints<T, N>& points, Prefetcher<T, N>& next)
+      : count(points.count), weighted(points.weighted), next(next) {
     stage(points.source, points.source_stride, points.same_source, source);
     stage(points.target, points.target_stride, points.same_target, target);
     if (weighted && points.weights_stride == 1)
@@ -69,6 +99,7 @@ struct StagedPoints {
       for (int n = 0; n < count; ++n) weight[n] = weighted ? gather(points.weights, n * points.weights_stride) : T(1);
   }
   TRITOOL_HD Correspondence<Pack<T, N>> operator()(int n) const {
+    next.step();
     Correspondence<Pack<T, N>> point;
     for (int k = 0; k < 3; ++k) {
       point.source[k] = source[3 * n + k];
@@ -86,38 +117,33 @@ struct StagedPoints {
   }
 };
 
-// Asks for the sets of the group that comes next: there is much to compute for each point, and the processor's own
-// prefetching loses the thread.
-template <class T, class Params>
-TRITOOL_HD void prefetch_group(const Params& params, int64_t first, int64_t end) {
-  constexpr int64_t kLine = 64;
-  constexpr int N = kLanesOf<T>;
-  if (first >= end || params.points > kMostStaged) return;
-  int64_t offset[N][Params::kOperands];
-  const int lanes = lane_offsets<N>(params.batch, first, end, offset);
-  for (int lane = 0; lane < lanes; ++lane) {
-    const auto* source = reinterpret_cast<const char*>(params.source + offset[lane][Params::kSource]);
-    const auto* target = reinterpret_cast<const char*>(params.target + offset[lane][Params::kTarget]);
-    for (int64_t at = 0; at < params.points * 3 * int64_t(sizeof(T)); at += kLine) {
-      __builtin_prefetch(source + at);
-      __builtin_prefetch(target + at);
-    }
-  }
-}
+// A group of neighbouring sets: how many lanes hold one, and the offsets of their operands.
+template <int N, int kOperands>
+struct LaneGroup {
+  int lanes;
+  int64_t offset[N][kOperands];
+
+  TRITOOL_HD LaneGroup(const Batch<kOperands>& batch, int64_t first, int64_t end)
+      : lanes(lane_offsets<N>(batch, first, end, offset)) {}
+};
 
 template <class T>
 void forward(const RigidAlignParams<T>& params, int64_t begin, int64_t end) {
   using Params = RigidAlignParams<T>;
   constexpr int N = kLanesOf<T>;
   using P = Pack<T, N>;
+  if (begin == end) return;  // an empty batch has no offsets
+  LaneGroup<N, Params::kOperands> next(params.batch, begin, end);
   for (int64_t first = begin; first < end; first += N) {
-    int64_t offset[N][Params::kOperands];
-    const int lanes = lane_offsets<N>(params.batch, first, end, offset);
-    prefetch_group<T>(params, first + N, end);
+    const LaneGroup<N, Params::kOperands> group = next;
+    const auto& offset = group.offset;
+    const int lanes = group.lanes;
+    if (first + N < end) next = LaneGroup<N, Params::kOperands>(params.batch, first + N, end);
+    Prefetcher<T, N> prefetcher(params, next.offset);
     const LanePoints<T, N> points(params, offset);
     P rotation[3][3], translation[3], scale;
     if (points.count <= kMostStaged)
-      rigid_align_points<P>(StagedPoints<T, N>(points), params.with_scale, rotation, translation, scale);
+      rigid_align_points<P>(StagedPoints<T, N>(points, prefetcher), params.with_scale, rotation, translation, scale);
     else
       rigid_align_points<P>(points, params.with_scale, rotation, translation, scale);
     for (int lane = 0; lane < lanes; ++lane) {
@@ -176,10 +202,14 @@ struct StagedGradients {
     }
     weight[n] = gradient.weight;
   }
-  TRITOOL_HD void write(const LaneGradients<T, N>& to, int count) const {
-    if (to.source[0] != nullptr) scatter_run<N>(to.source, to.lanes, 3 * count, source);
-    if (to.target[0] != nullptr) scatter_run<N>(to.target, to.lanes, 3 * count, target);
-    if (to.weights[0] != nullptr) scatter_run<N>(to.weights, to.lanes, count, weight);
+  TRITOOL_HD void write(const LaneGradients<T, N>& to, int count, bool streamed) const {
+    const auto write_run = [&](T* const(&base)[N], int length, const Pack<T, N>* values) {
+      T block[3 * kMostStaged * N];
+      if (base[0] != nullptr) stream_run<N>(base, to.lanes, length, values, streamed, block);
+    };
+    write_run(to.source, 3 * count, source);
+    write_run(to.target, 3 * count, target);
+    write_run(to.weights, count, weight);
   }
 };
 
@@ -193,9 +223,15 @@ void backward(const RigidAlignBackwardParams<T>& params, int64_t begin, int64_t 
   using Params = RigidAlignBackwardParams<T>;
   constexpr int N = kLanesOf<T>;
   using P = Pack<T, N>;
+  const bool streamed = is_streamed(params.batch.count * params.points * 3 * int64_t(sizeof(T)));
+  if (begin == end) return;  // an empty batch has no offsets
+  LaneGroup<N, Params::kOperands> next(params.batch, begin, end);
   for (int64_t first = begin; first < end; first += N) {
-    int64_t offset[N][Params::kOperands];
-    const int lanes = lane_offsets<N>(params.batch, first, end, offset);
+    const LaneGroup<N, Params::kOperands> group = next;
+    const auto& offset = group.offset;
+    const int lanes = group.lanes;
+    if (first + N < end) next = LaneGroup<N, Params::kOperands>(params.batch, first + N, end);
+    Prefetcher<T, N> prefetcher(params, next.offset);
     const T *rotations[N], *translations[N], *scales[N];
     for (int lane = 0; lane < N; ++lane) {
       const auto at = [&](const T* base, int operand) {
@@ -213,18 +249,18 @@ void backward(const RigidAlignBackwardParams<T>& params, int64_t begin, int64_t 
       grad_translation[i] = gather_or_zero(translations, i * params.grad_translation_stride);
     }
     const P grad_scale = gather_or_zero(scales, 0);
-    prefetch_group<T>(params, first + N, end);
     const LanePoints<T, N> points(params, offset);
     LaneGradients<T, N> gradients(params, offset, lanes);
     if (points.count <= kMostStaged) {
       StagedGradients<T, N> staged;
-      rigid_align_points_vjp<P>(StagedPoints<T, N>(points), params.with_scale, grad_rotation, grad_translation,
-                                grad_scale, staged);
-      staged.write(gradients, points.count);
+      rigid_align_points_vjp<P>(StagedPoints<T, N>(points, prefetcher), params.with_scale, grad_rotation,
+                                grad_translation, grad_scale, staged);
+      staged.write(gradients, points.count, streamed);
     } else {
       rigid_align_points_vjp<P>(points, params.with_scale, grad_rotation, grad_translation, grad_scale, gradients);
     }
   }
+  if (streamed) fence_streams();
 }
 
 }  // namespace

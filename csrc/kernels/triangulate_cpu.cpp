@@ -121,6 +121,7 @@ struct LaneSink {
   const int64_t (&offset)[N][TriangulateBackwardParams<T>::kOperands];
   SharedSumLanes<T, N> projections;
   int lanes;
+  bool streamed;
   int first = 0, count = 0;  // the views that wait
   Pack<T, N> points[2 * kMostStaged], weights[kMostStaged];
 
@@ -135,16 +136,15 @@ struct LaneSink {
   }
   TRITOOL_HD void store() {
     using Params = TriangulateBackwardParams<T>;
-    T* to[N];
-    if (params.grad_points != nullptr) {
-      for (int lane = 0; lane < N; ++lane)
-        to[lane] = params.grad_points + offset[lane][Params::kGradPoints] + 2 * first;
-      scatter_run<N>(to, lanes, 2 * count, points);
-    }
-    if (params.grad_weights != nullptr) {
-      for (int lane = 0; lane < N; ++lane) to[lane] = params.grad_weights + offset[lane][Params::kGradWeights] + first;
-      scatter_run<N>(to, lanes, count, weights);
-    }
+    const auto write_run = [&](T* base, int operand, int size, const Pack<T, N>* values) {
+      if (base == nullptr) return;
+      T* to[N];
+      for (int lane = 0; lane < N; ++lane) to[lane] = base + offset[lane][operand] + size * first;
+      T block[2 * kMostStaged * N];
+      stream_run<N>(to, lanes, size * count, values, streamed, block);
+    };
+    write_run(params.grad_points, Params::kGradPoints, 2, points);
+    write_run(params.grad_weights, Params::kGradWeights, 1, weights);
     first += count;
     count = 0;
   }
@@ -156,6 +156,7 @@ void backward(const TriangulateBackwardParams<T>& params, const SharedSumPlan& p
   constexpr int N = kLanesOf<T>;
   using P = Pack<T, N>;
   const bool summed = params.grad_projections != nullptr;
+  const bool streamed = is_streamed(params.batch.count * params.views * 2 * int64_t(sizeof(T)));
   for (int64_t unit = begin; unit < end; ++unit) {
     const ItemRange range = unit_items(plan, params.batch.count, params.batch.shared, unit);
     T* partial = !summed ? nullptr
@@ -167,7 +168,7 @@ void backward(const TriangulateBackwardParams<T>& params, const SharedSumPlan& p
       const T* grads[N];
       for (int lane = 0; lane < N; ++lane) grads[lane] = params.grad + offset[lane][Params::kGrad];
       const P grad[3] = {gather(grads, 0), gather(grads, params.grad_stride), gather(grads, 2 * params.grad_stride)};
-      LaneSink<T, N> sink{params, offset, {}, lanes, 0, 0, {}, {}};
+      LaneSink<T, N> sink{params, offset, {}, lanes, streamed, 0, 0, {}, {}};
       if (summed)
         sink.projections = sum_targets<T, N>(offset, Params::kGradProjections, params.grad_projections, partial, lanes);
       const LaneViews<T, N> views = lane_views<T, N>(params, offset);
@@ -178,6 +179,7 @@ void backward(const TriangulateBackwardParams<T>& params, const SharedSumPlan& p
       sink.store();
     }
   }
+  if (streamed) fence_streams();
 }
 
 template <class T>

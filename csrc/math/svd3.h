@@ -21,8 +21,9 @@ TRITOOL_HD constexpr int jacobi_sweeps() {
   return sizeof(Real<T>) == 4 ? 4 : 6;
 }
 
+// Where `done`, by no angle.
 template <class T>
-TRITOOL_HD void jacobi_rotate(T (&a)[3][3], T (&v)[3][3], int p, int q) {
+TRITOOL_HD void jacobi_rotate(T (&a)[3][3], T (&v)[3][3], int p, int q, Mask<T> done) {
   T pp = T(0), qq = T(0), pq = T(0);
   for (int k = 0; k < 3; ++k) {
     pp = pp + a[k][p] * a[k][p];
@@ -33,7 +34,7 @@ TRITOOL_HD void jacobi_rotate(T (&a)[3][3], T (&v)[3][3], int p, int q) {
   const T d = qq - pp;
   const T twice = pq + pq;
   const T denominator = abs_(d) + sqrt_(d * d + twice * twice);
-  T t = select(denominator == T(0), T(0), twice / select(denominator == T(0), T(1), denominator));
+  T t = select(done | (denominator == T(0)), T(0), twice / select(denominator == T(0), T(1), denominator));
   t = select(d < T(0), T(0) - t, t);
   const T cosine = rsqrt_(t * t + T(1));
   const T sine = t * cosine;
@@ -49,16 +50,33 @@ TRITOOL_HD void jacobi_rotate(T (&a)[3][3], T (&v)[3][3], int p, int q) {
   }
 }
 
+// Whether all pairs of columns are orthogonal to rounding; false for NaN.
+template <class T>
+TRITOOL_HD Mask<T> is_orthogonal(const T (&a)[3][3]) {
+  T length[3];
+  for (int i = 0; i < 3; ++i) length[i] = sqrt_(a[0][i] * a[0][i] + a[1][i] * a[1][i] + a[2][i] * a[2][i]);
+  const auto pair = [&](int p, int q) {
+    const T product = a[0][p] * a[0][q] + a[1][p] * a[1][q] + a[2][p] * a[2][q];
+    return abs_(product) <= T(epsilon<T>()) * length[p] * length[q];
+  };
+  return pair(0, 1) & pair(0, 2) & pair(1, 2);
+}
+
 // a is overwritten by U S, whose columns stay those of v.
 template <class T>
 TRITOOL_HD RightSvd3<T> right_svd3(T (&a)[3][3]) {
   RightSvd3<T> svd;
   for (int i = 0; i < 3; ++i)
     for (int j = 0; j < 3; ++j) svd.v[i][j] = T(Real<T>(i == j));
+  auto done = T(0) != T(0);
   for (int sweep = 0; sweep < jacobi_sweeps<T>(); ++sweep) {
-    jacobi_rotate(a, svd.v, 0, 1);
-    jacobi_rotate(a, svd.v, 0, 2);
-    jacobi_rotate(a, svd.v, 1, 2);
+    if (sweep + 1 == jacobi_sweeps<T>()) {  // mostly needless; asked before the others it would only cost
+      done = is_orthogonal(a);              // so that a lane does not depend on its neighbours
+      if (all(done)) break;
+    }
+    jacobi_rotate(a, svd.v, 0, 1, done);
+    jacobi_rotate(a, svd.v, 0, 2, done);
+    jacobi_rotate(a, svd.v, 1, 2, done);
   }
   for (int i = 0; i < 3; ++i) svd.s_squared[i] = a[0][i] * a[0][i] + a[1][i] * a[1][i] + a[2][i] * a[2][i];
   for (int i = 0; i < 2; ++i) {  // bring the smallest to index 2, lane by lane
