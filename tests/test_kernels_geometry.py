@@ -137,6 +137,31 @@ def test_triangulate_takes_any_number_of_views(kernels: Kernels, views: int) -> 
     np.testing.assert_array_equal(same, plain)
 
 
+@every_kernel
+@pytest.mark.parametrize("views", [31, 33])
+def test_large_gradients_are_those_of_their_points(kernels: Kernels, views: int) -> None:
+    """Large results are written past the caches, small ones not, nor those of more views."""
+    count = 50 if kernels.backend == CUDA else 70000
+    seen = rigs.observe(rigs.h36m4(), count, noise=2.0, weights="uniform", seed=20)
+    taken = np.arange(views) % 4
+    points, weights = seen.points[:, taken], seen.weights[:, taken]
+    arrays = kernels.cast(seen.truth, points, weights)
+    assert kernels.backend == CUDA or arrays[1].nbytes > 16 << 20
+    projections = seen.projections[taken]
+
+    def gradients(some: slice | Array) -> tuple[Array, Array, Array]:
+        grad, points, weights = (array[some] for array in arrays)
+        return kernels.triangulate_vjp(
+            grad, points, projections, weights, mode="homogeneous", want_projections=False
+        )
+
+    found = gradients(slice(None))
+    for some in np.array_split(np.arange(count), 5):
+        to_points, _, to_weights = gradients(some)
+        assert_same_bits(found[0][some], to_points)
+        assert_same_bits(found[2][some], to_weights)
+
+
 @functools.cache
 def room(count: int) -> tuple[rigs.Observations, Array, Array, Array, Array]:
     """Return 5 px of noise in h36m4 in float32, a gradient, and what is right for it."""

@@ -145,6 +145,22 @@ def test_agrees_with_the_reference(kernels: Kernels, kind: str, with_scale: bool
 
 
 @every_kernel
+def test_large_gradients_are_those_of_their_parts(kernels: Kernels) -> None:
+    """Large results are written past the caches, small ones not."""
+    points, count = 32, 50 if kernels.backend == CUDA else 44000
+    sets = PointSets(*kernels.cast(*point_sets("generic", count, points)))
+    assert kernels.backend == CUDA or sets.source.nbytes > 16 << 20
+    grads = kernels.cast(*gradients_for(np.random.default_rng(3), (count,)))
+    found = kernels.rigid_align_vjp(grads, *sets, with_scale=True)
+    for some in np.array_split(np.arange(count), 5):
+        part = kernels.rigid_align_vjp(
+            [grad[some] for grad in grads], *(array[some] for array in sets), with_scale=True
+        )
+        for a, b in zip(found, part, strict=True):
+            assert_same_bits(a[some], b)
+
+
+@every_kernel
 @laws
 @given(st.sampled_from(KINDS), st.integers(4, 40), st.booleans(), st.integers(0, 10**6))
 def test_agrees_with_the_reference_on_any_set(

@@ -11,7 +11,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <optional>
 
 #include "emulator.h"
@@ -63,9 +65,24 @@ Array operand(const Operand& array, const char* name) {
   return array.has_value() ? operand<T>(*array, name) : Array{};
 }
 
-py::array filled_with_garbage(py::array array) {
-  std::memset(array.mutable_data(), 0x5a, static_cast<size_t>(array.nbytes()));
-  return array;
+// New, filled with garbage, aligned as PyTorch's memory is: where results lie decides how kernels write them.
+py::array aligned_array(const py::dtype& dtype, const Sizes& size, const Sizes& byte_stride) {
+  constexpr size_t kAlignment = 64;
+  size_t bytes = static_cast<size_t>(dtype.itemsize());
+  for (const int64_t n : size) bytes *= static_cast<size_t>(n);
+  bytes = (bytes / kAlignment + 1) * kAlignment;
+  void* memory = std::aligned_alloc(kAlignment, bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  const py::capsule owner(memory, [](void* owned) { std::free(owned); });
+  std::memset(memory, 0x5a, bytes);
+  return py::array(dtype, size, byte_stride, memory, owner);
+}
+
+// The same, with the sizes and the order of dimensions of another array.
+py::array new_array_like(const py::array& other) {
+  const py::array like = py::module_::import("numpy").attr("empty_like")(other, py::arg("subok") = false);
+  return aligned_array(like.dtype(), Sizes(like.shape(), like.shape() + like.ndim()),
+                       Sizes(like.strides(), like.strides() + like.ndim()));
 }
 
 // In which NumPy keeps such elements.
@@ -86,7 +103,10 @@ py::dtype dtype_of<BFloat16>() {
 template <class T>
 py::array new_array(Sizes batch, std::initializer_list<int64_t> trailing = {}) {
   batch.insert(batch.end(), trailing);
-  return filled_with_garbage(py::array(dtype_of<T>(), batch));
+  Sizes byte_stride(batch.size());
+  int64_t step = sizeof(T);
+  for (size_t d = batch.size(); d-- > 0; step *= batch[d]) byte_stride[d] = step;
+  return aligned_array(dtype_of<T>(), batch, byte_stride);
 }
 template <class T>
 Operand new_array_if(bool wanted, const Sizes& batch, std::initializer_list<int64_t> trailing = {}) {
@@ -390,8 +410,7 @@ py::object softmax_moments_backward(const Backend& backend, const Operand& grad_
                                    contiguous_operand<T>(covariance, "covariance", batch, {dims, dims}),
                                    {},
                                    contiguous_operand<T>(Operand(partition), "partition", batch, {2})};
-    py::array grad_logits =
-        filled_with_garbage(py::module_::import("numpy").attr("empty_like")(logits, py::arg("subok") = false));
+    py::array grad_logits = new_array_like(logits);
     testing::softmax_moments_backward<In>(backend, grad, maps, {}, moments, dims, inverse_temperature,
                                           operand<In>(grad_logits, "grad_logits"), {});
     return std::move(grad_logits);
@@ -438,9 +457,8 @@ py::object soft_argmax25d_backward(const Backend& backend, const py::array& grad
                                    {},
                                    {},
                                    contiguous_operand<T>(Operand(partition), "partition", batch, {2})};
-    const py::object empty_like = py::module_::import("numpy").attr("empty_like");
-    const py::array grad_heatmaps = filled_with_garbage(empty_like(heatmaps, py::arg("subok") = false));
-    const py::array grad_depth_maps = filled_with_garbage(empty_like(depth_maps, py::arg("subok") = false));
+    const py::array grad_heatmaps = new_array_like(heatmaps);
+    const py::array grad_depth_maps = new_array_like(depth_maps);
     testing::softmax_moments_backward<In>(backend, of_grad, maps, values, moments, 2, inverse_temperature,
                                           operand<In>(grad_heatmaps, "grad_heatmaps"),
                                           operand<In>(grad_depth_maps, "grad_depth_maps"));
