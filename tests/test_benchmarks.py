@@ -537,14 +537,29 @@ def test_targets_stand_beside_what_was_reached() -> None:
     """In bold where they were not; nothing where none of the sizes was measured."""
     row = lambda name, kind, ratio: {  # noqa: E731
         "name": name, "kind": kind, "accurate": True,
-        "times": {"forward": times(1.0, ratio), "forward_backward": times(1.0, ratio / 2)},
+        "times": {"forward": times(ratio, ratio), "forward_backward": times(ratio, ratio / 2)},
     }  # fmt: skip
     variants = [row("tritool", "tritool", 1.0), row("a", "pytorch", 9.0), row("b", "package", 1.5)]
-    case = {"op": "soft_argmax2d", "size": "4x4x17x96x96", "variants": variants}
-    lines = report.targets_section({"cases": [case]}).splitlines()
-    assert "| `soft_argmax2d` | 4x4x17x96x96 | forward | a | 5x | 9x |" in lines
-    assert "| `soft_argmax2d` | 4x4x17x96x96 | forward + backward | a | 5x | **4.5x** |" in lines
-    assert report.targets_section({"cases": [case | {"size": "another"}]}) == ""
+    shape = {"B": 4, "C": 4, "J": 17, "H": 96, "W": 96}
+    case = {"op": "soft_argmax2d", "size": "4x4x17x96x96", "shape": shape, "variants": variants}
+    settings = {"bandwidth_gb_s": {"copy": 10.0, "sum": 8.0}}
+    lines = report.targets_section({"cases": [case], "settings": settings}).splitlines()
+    # 10.03 MB each way: 1.003 ms of memory, and thrice that with the backward.
+    size = "| `soft_argmax2d` | 4x4x17x96x96"
+    assert f"{size} | forward | a | 5x | 9x | 9x |" in lines
+    assert f"{size} | forward + backward | a | 5x | **4.5x** | 3x |" in lines
+    other = {"cases": [case | {"size": "another"}], "settings": settings}
+    assert report.targets_section(other) == ""
+
+
+def test_memory_of_a_call_stands_beside_its_target() -> None:
+    op, size, _ = report.MEMORY_TARGET
+    own = {"name": "tritool", "peak_memory_mib": {"forward_backward": 15.0}}
+    operands = {"inputs": 4.0, "outputs": 6.0}
+    case = {"op": op, "size": size, "operands_mib": operands, "variants": [own]}
+    (text,) = report.memory_target({"cases": [case]})
+    assert "25 MiB" in text
+    assert "1.25 times" in text
 
 
 def test_the_committed_study_is_in_the_readme() -> None:

@@ -145,6 +145,13 @@ TRITOOL_HD void transpose(Pack<T, N> (&square)[N]) {
 template <class T, int N>
 constexpr bool kHasHalves = N * sizeof(T) > 16;
 
+// GCC does not see that of the halves below only the first `count` are read, which are written; to clear all would
+// take time for nothing.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 // The first `count` elements at each of N places, a pack for each element: `gather` for 0 .. count-1, with whole
 // vectors read and turned over. Touches no element beyond.
 template <int N, class T>
@@ -158,7 +165,7 @@ TRITOOL_HD void gather_run(const T* const* base, int64_t count, Pack<T, N>* resu
       for (int e = 0; e < N; ++e) result[at + e] = square[e];
     }
   } else if constexpr (kHasHalves<T, N>) {
-    Pack<T, N / 2> low[N] = {}, high[N] = {};  // GCC does not see that the first `count` are written
+    Pack<T, N / 2> low[N], high[N];
     gather_run<N / 2>(base, count, low);
     gather_run<N / 2>(base + N / 2, count, high);
     for (int64_t e = 0; e < count; ++e) result[e] = join_halves<Pack<T, N>>(low[e], high[e]);
@@ -181,7 +188,7 @@ TRITOOL_HD void scatter_run(T* const* base, int lanes, int64_t count, const Pack
         if (lane < lanes) memcpy(base[lane] + at, &square[lane].v, sizeof square[lane].v);
     }
   } else if constexpr (kHasHalves<T, N>) {
-    Pack<T, N / 2> low[N] = {}, high[N] = {};  // as above
+    Pack<T, N / 2> low[N], high[N];
     for (int64_t e = 0; e < count; ++e) split_halves(values[e], low[e], high[e]);
     scatter_run<N / 2>(base, lanes < N / 2 ? lanes : N / 2, count, low);
     if (lanes > N / 2) scatter_run<N / 2>(base + N / 2, lanes - N / 2, count, high);
@@ -190,6 +197,10 @@ TRITOOL_HD void scatter_run(T* const* base, int lanes, int64_t count, const Pack
       for (int64_t e = 0; e < count; ++e) base[lane][e] = values[e].v[lane];
   }
 }
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 // `scatter_run`; past the caches if that is wanted and the places follow each other in whole lines. `block` has room
 // for all lanes.
@@ -212,6 +223,20 @@ TRITOOL_HD int lane_offsets(const Batch<kOperands>& batch, int64_t first, int64_
   const int lanes = end - first < N ? static_cast<int>(end - first) : N;
   for (int lane = 0; lane < N; ++lane) batch.offsets(first + (lane < lanes ? lane : lanes - 1), offset[lane]);
   return lanes;
+}
+
+// Lane i becomes the sum of all lanes of vector i: a transposition that adds what it has brought together.
+template <int S = 1, class T, int N>
+TRITOOL_HD Pack<T, N> sum_each(Pack<T, N> (&packs)[N]) {
+  if constexpr (S < N) {
+    for (int i = 0; i < N; i += 2 * S) {
+      exchange<S, typename Pack<T, N>::Vector, typename PackMask<T, N>::Vector>(packs[i].v, packs[i + S].v,
+                                                                                std::make_index_sequence<N>());
+      packs[i] = packs[i] + packs[i + S];
+    }
+    return sum_each<2 * S>(packs);
+  }
+  return packs[0];
 }
 
 // The sum of the first `lanes` lanes, in lane order.

@@ -39,24 +39,47 @@ struct LaneItems {
   }
 };
 
+// Pixels of so many views pass between memory and lanes at once, in whole vectors.
+constexpr int kMostStaged = 32;
+
 template <class T>
 void forward(const ProjectParams<T>& params, int64_t begin, int64_t end) {
   using Params = ProjectParams<T>;
   constexpr int N = kLanesOf<T>;
   using P = Pack<T, N>;
+  const bool streamed = is_streamed(params.batch.count * params.views * 2 * int64_t(sizeof(T)));
   for (int64_t first = begin; first < end; first += N) {
     int64_t offset[N][Params::kOperands];
     const int lanes = lane_offsets<N>(params.batch, first, end, offset);
     const LaneItems<T, N> items(params, offset);
-    for (int view = 0; view < params.views; ++view) {
-      P matrix[3][4];
-      items.load_matrix(view, matrix);
-      const Projection<P> projection = project_point(items.point, matrix);
-      for (int lane = 0; lane < lanes; ++lane)
-        for (int k = 0; k < 2; ++k)
-          params.pixels[offset[lane][Params::kPixels] + 2 * view + k] = projection.pixel[k].v[lane];
+    for (int from = 0; from < params.views; from += kMostStaged) {
+      const int views = params.views - from < kMostStaged ? params.views - from : kMostStaged;
+      P pixels[2 * kMostStaged];
+      for (int view = 0; view < views; ++view) {
+        P matrix[3][4];
+        items.load_matrix(from + view, matrix);
+        const Projection<P> projection = project_point(items.point, matrix);
+        for (int k = 0; k < 2; ++k) pixels[2 * view + k] = projection.pixel[k];
+      }
+      T *to[N], block[2 * kMostStaged * N];
+      for (int lane = 0; lane < N; ++lane) to[lane] = params.pixels + offset[lane][Params::kPixels] + 2 * from;
+      stream_run<N>(to, lanes, 2 * views, pixels, streamed, block);
     }
   }
+  if (streamed) fence_streams();
+}
+
+// The pixels of the views from .. from + views - 1.
+template <class T, int N>
+TRITOOL_HD void load_pixels(const T* const (&base)[N], const int64_t (&stride)[2], int from, int views,
+                            Pack<T, N>* pixels) {
+  if (stride[0] == 2 && stride[1] == 1) {
+    const T* at[N];
+    for (int lane = 0; lane < N; ++lane) at[lane] = base[lane] + 2 * from;
+    return gather_run<N>(at, 2 * views, pixels);
+  }
+  for (int view = 0; view < views; ++view)
+    for (int k = 0; k < 2; ++k) pixels[2 * view + k] = gather(base, (from + view) * stride[0] + k * stride[1]);
 }
 
 template <class T>
@@ -80,14 +103,17 @@ void backward(const ProjectBackwardParams<T>& params, const SharedSumPlan& plan,
       if (summed)
         targets = sum_targets<T, N>(offset, Params::kGradProjections, params.grad_projections, partial, lanes);
       P grad_point[3] = {P(T(0)), P(T(0)), P(T(0))};
-      for (int view = 0; view < params.views; ++view) {
-        P matrix[3][4], grad_matrix[3][4];
-        items.load_matrix(view, matrix);
-        const int64_t at = view * params.grad_stride[0];
-        const P grad[2] = {gather(grads, at), gather(grads, at + params.grad_stride[1])};
-        project_point_vjp(items.point, matrix, grad, grad_point, grad_matrix);
-        for (int i = 0; summed && i < 3; ++i)
-          for (int j = 0; j < 4; ++j) targets.add(view * 12 + i * 4 + j, grad_matrix[i][j]);
+      for (int from = 0; from < params.views; from += kMostStaged) {
+        const int views = params.views - from < kMostStaged ? params.views - from : kMostStaged;
+        P pixels[2 * kMostStaged];
+        load_pixels(grads, params.grad_stride, from, views, pixels);
+        for (int view = 0; view < views; ++view) {
+          P matrix[3][4], grad_matrix[3][4];
+          items.load_matrix(from + view, matrix);
+          const P grad[2] = {pixels[2 * view], pixels[2 * view + 1]};
+          project_point_vjp(items.point, matrix, grad, grad_point, grad_matrix);
+          if (summed) targets.template add<12>((from + view) * 12, &grad_matrix[0][0]);
+        }
       }
       for (int lane = 0; params.grad_points != nullptr && lane < lanes; ++lane)
         for (int k = 0; k < 3; ++k) params.grad_points[offset[lane][Params::kGradPoints] + k] = grad_point[k].v[lane];

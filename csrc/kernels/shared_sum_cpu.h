@@ -14,11 +14,19 @@ struct SharedSumLanes {
   bool same;  // all lanes add to one owner
   int lanes;
 
-  TRITOOL_HD void add(int64_t entry, const Pack<T, N>& value) const {
-    if (same) {
-      sum[0][entry] += sum_lanes(value, lanes);
+  // What the lanes contribute to the entries from `entry` on.
+  template <int kCount>
+  TRITOOL_HD void add(int64_t entry, const Pack<T, N>* values) const {
+    if (same && lanes == N) {
+      for (int first = 0; first < kCount; first += N) {
+        Pack<T, N> some[N];
+        for (int n = 0; n < N; ++n) some[n] = first + n < kCount ? values[first + n] : Pack<T, N>(T(0));
+        const Pack<T, N> sums = sum_each(some);
+        for (int n = 0; n < N && first + n < kCount; ++n) sum[0][entry + first + n] += sums.v[n];
+      }
     } else {
-      for (int lane = 0; lane < lanes; ++lane) sum[lane][entry] += value.v[lane];
+      for (int n = 0; n < kCount; ++n)
+        for (int lane = 0; lane < lanes; ++lane) sum[lane][entry + n] += values[n].v[lane];
     }
   }
 };

@@ -130,9 +130,7 @@ struct LaneSink {
     points[2 * count + 1] = gradient.v;
     weights[count] = gradient.weight;
     if (++count == kMostStaged) store();
-    if (params.grad_projections == nullptr) return;
-    for (int i = 0; i < 3; ++i)
-      for (int j = 0; j < 4; ++j) projections.add(view * 12 + i * 4 + j, gradient.projection[i][j]);
+    if (params.grad_projections != nullptr) projections.template add<12>(view * 12, &gradient.projection[0][0]);
   }
   TRITOOL_HD void store() {
     using Params = TriangulateBackwardParams<T>;
