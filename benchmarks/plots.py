@@ -33,7 +33,7 @@ def measured(result: Json) -> list[Json]:
 
 
 def case_panels(cases: Sequence[Sequence[Json]]) -> tuple[Any, Sequence[Axes]]:
-    """A panel for each machine, in it a row for each case, from the top."""
+    """Panels side by side, with a row for each case, from the top."""
     size = (7.5 * len(cases), 1.2 + 0.42 * max(map(len, cases)))
     figure, panels = plt.subplots(1, len(cases), figsize=size, squeeze=False, layout="constrained")
     for panel, rows in zip(panels[0], cases, strict=True):
@@ -45,48 +45,63 @@ def case_panels(cases: Sequence[Sequence[Json]]) -> tuple[Any, Sequence[Axes]]:
     return figure, panels[0]
 
 
+def draw_headlines(result: Json, path: Path) -> None:
+    """The README's sizes: speed-ups, and beside them the bandwidth reached."""
+    cases = [case for case in measured(result) if case["headline"]]
+    figure, (left, right) = case_panels([cases, cases])
+    draw_speed_up_bars(left, cases)
+    draw_bandwidth_bars(right, cases, result["settings"]["bandwidth_gb_s"])
+    right.set_yticklabels([])
+    figure.suptitle(processor(result))
+    save(figure, path)
+
+
 # ---- speed-ups ----
 
 
 def draw_speed_ups(results: Sequence[Json], path: Path) -> None:
-    """Horizontal bars on a logarithmic axis, one panel for each machine of the main suite."""
+    """All cases, one panel for each machine of the main suite."""
     figure, panels = case_panels([measured(result) for result in results])
     for panel, result in zip(panels, results, strict=True):
-        for shift, mode in zip((-0.2, 0.2), MODES, strict=True):
-            bars = [
-                (row + shift, rival["times"][mode]["ratio"])
-                for row, case in enumerate(measured(result))
-                if (rival := fastest_rival(case, mode)) is not None
-            ]
-            drawn = panel.barh(
-                [row for row, _ in bars],
-                [ratio - 1 for _, ratio in bars],
-                height=0.38,
-                left=1,
-                color=COLOURS[mode],
-                label=MODE_NAMES[mode],
-            )
-            for bar, (_, ratio) in zip(drawn, bars, strict=True):
-                panel.annotate(
-                    factor(ratio),
-                    (ratio, bar.get_y() + bar.get_height() / 2),
-                    xytext=(3 if ratio >= 1 else -3, 0),
-                    textcoords="offset points",
-                    ha="left" if ratio >= 1 else "right",
-                    va="center",
-                    fontsize=7,
-                )
-        panel.set(xscale="log", title=processor(result))
-        panel.set_xlabel("speed-up over the fastest accurate plain PyTorch version")
-        panel.axvline(1, color="black", linewidth=0.8)
-        low, high = panel.get_xlim()
-        low, high = min(low, 0.7) * 0.8, high * 1.6
-        ticks = [tick for tick in SPEED_UP_TICKS if low <= tick <= high]
-        panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-        panel.set_xlim(low, high)
-        panel.minorticks_off()
-        panel.legend(loc="lower right", fontsize=8)
+        draw_speed_up_bars(panel, measured(result))
+        panel.set_title(processor(result))
     save(figure, path)
+
+
+def draw_speed_up_bars(panel: Axes, cases: Sequence[Json]) -> None:
+    """Horizontal bars from 1, on a logarithmic axis."""
+    for shift, mode in zip((-0.2, 0.2), MODES, strict=True):
+        bars = [
+            (row + shift, rival["times"][mode]["ratio"])
+            for row, case in enumerate(cases)
+            if (rival := fastest_rival(case, mode)) is not None
+        ]
+        panel.barh(
+            [row for row, _ in bars],
+            [ratio - 1 for _, ratio in bars],
+            height=0.38,
+            left=1,
+            color=COLOURS[mode],
+            label=MODE_NAMES[mode],
+        )
+        for row, ratio in bars:
+            beside = {"xytext": (3, 0), "ha": "left"}
+            if ratio < 1:
+                beside = {"xytext": (-3, 0), "ha": "right"}
+            panel.annotate(
+                factor(ratio), (ratio, row), textcoords="offset points", va="center",
+                fontsize=7, **beside,
+            )  # fmt: skip
+    panel.set(xscale="log")
+    panel.set_xlabel("speed-up over the fastest accurate plain PyTorch version")
+    panel.axvline(1, color="black", linewidth=0.8)
+    low, high = panel.get_xlim()
+    low, high = min(low, 0.7) * 0.8, high * 1.6
+    ticks = [tick for tick in SPEED_UP_TICKS if low <= tick <= high]
+    panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    panel.set_xlim(low, high)
+    panel.minorticks_off()
+    panel.legend(loc="lower right", fontsize=8)
 
 
 # ---- bandwidth ----
@@ -115,44 +130,39 @@ def large(result: Json) -> list[Json]:
 
 
 def draw_bandwidth(results: Sequence[Json], path: Path) -> None:
-    """Bars for tritool, marks for the fastest rival; what memory gives is the line at 100 %."""
+    """All large cases, one panel for each machine of the main suite."""
     figure, panels = case_panels([large(result) for result in results])
     for panel, result in zip(panels, results, strict=True):
-        available = result["settings"]["bandwidth_gb_s"]
-        for shift, mode in zip((-0.2, 0.2), MODES, strict=True):
-            cases = list(enumerate(large(result)))
-            shares = [share_of_bandwidth(case, ours(case), mode, available) for _, case in cases]
-            rows = [row + shift for row, _ in cases]
-            panel.barh(rows, shares, height=0.38, color=COLOURS[mode], label=MODE_NAMES[mode])
-            for row, share in zip(rows, shares, strict=True):
-                panel.annotate(
-                    f"{100 * share:.0f} %",
-                    (share, row),
-                    xytext=(3, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7,
-                )
-            rivals = [
-                (row + shift, share_of_bandwidth(case, rival, mode, available))
-                for row, case in cases
-                if (rival := fastest_rival(case, mode)) is not None
-            ]
-            label = VERSIONS["rival"] if mode == MODES[0] else None
-            panel.plot(
-                [share for _, share in rivals], [row for row, _ in rivals],
-                "D", color="black", markersize=3, label=label,
-            )  # fmt: skip
-        panel.axvline(1, color="black", linewidth=0.8)
-        high = panel.get_xlim()[1] * 1.08
-        panel.set(xlim=(0, high), title=processor(result))
-        panel.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
-        panel.set_xlabel(
-            "bytes that the call cannot do without, per second, "
-            f"of {max(available.values()):.3g} GB/s"
-        )
-        panel.legend(loc="lower right", fontsize=8)
+        draw_bandwidth_bars(panel, large(result), result["settings"]["bandwidth_gb_s"])
+        panel.set_title(processor(result))
     save(figure, path)
+
+
+def draw_bandwidth_bars(panel: Axes, cases: Sequence[Json], available: Mapping[str, float]) -> None:
+    """Bars for tritool, marks for the fastest rival; what memory gives is the line at 100 %."""
+    for shift, mode in zip((-0.2, 0.2), MODES, strict=True):
+        rows = [row + shift for row in range(len(cases))]
+        shares = [share_of_bandwidth(case, ours(case), mode, available) for case in cases]
+        panel.barh(rows, shares, height=0.38, color=COLOURS[mode], label=MODE_NAMES[mode])
+        for row, share in zip(rows, shares, strict=True):
+            panel.annotate(
+                f"{100 * share:.0f} %", (share, row), xytext=(3, 0), textcoords="offset points",
+                va="center", fontsize=7,
+            )  # fmt: skip
+        rivals = [
+            (row, share_of_bandwidth(case, rival, mode, available))
+            for row, case in zip(rows, cases, strict=True)
+            if (rival := fastest_rival(case, mode)) is not None
+        ]
+        panel.plot(
+            [share for _, share in rivals], [row for row, _ in rivals],
+            "D", color="black", markersize=3, label=VERSIONS["rival"] if mode == MODES[0] else None,
+        )  # fmt: skip
+    panel.axvline(1, color="black", linewidth=0.8)
+    panel.set_xlim(0, panel.get_xlim()[1] * 1.08)
+    panel.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+    panel.set_xlabel(f"bandwidth reached, of {max(available.values()):.3g} GB/s")
+    panel.legend(loc="lower right", fontsize=8)
 
 
 # ---- scaling ----
