@@ -189,8 +189,8 @@ How near calls come to what memory gives: the bytes that a call cannot do withou
 once, each result written once; forward + backward: both, one after the other), over its time and
 the faster of PyTorch's copy and sum of 256 MiB on the same machine. Operands of 4 MiB and more.
 More than 100 % is possible: for operands that are still in the caches, and for results written past
-them, while a copy may fetch the lines that it overwrites. Where a bar is short, computing bounds the
-call.
+them, while a copy may fetch the lines that it overwrites. Where a bar is short, computing bounds
+the call.
 
 ![Bandwidth reached, of what memory gives]({{images}}/{BANDWIDTH})
 
@@ -222,8 +222,8 @@ takes for its operands (see the second picture). A target above it is out of rea
 
 What stands between the others and their targets, and what was tried:
 
-- `soft_argmax*` comes near the speed of memory. Tried and kept: one pass over each row in place of two;
-  prefetching; gradients of large volumes written past the caches.
+- `soft_argmax*` comes near the speed of memory. Tried and kept: one pass over each row in place of
+  two; prefetching; gradients of large volumes written past the caches.
 - `unproject` reads 2 KiB of features for every voxel (four views, four pixels of 32 channels) and
   takes 128 exponentials for a softmax; the backward does all of that again and then adds as much to
   the gradient. Tried and kept: blocks of voxels in tiles of the grid, which see the same pixels;
