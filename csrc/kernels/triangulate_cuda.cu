@@ -121,7 +121,7 @@ struct WarpSink {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kSharedSumBlock)
+__global__ void __launch_bounds__(kSharedSumBlock, sizeof(T) == 4 ? 4 : 1)  // as in rigid_align_cuda.cu
     triangulate_backward_shared_kernel(TriangulateBackwardParams<T> params, SharedSumPlan plan) {
   using Params = TriangulateBackwardParams<T>;
   const int lane = threadIdx.x % kWarpSize;
