@@ -364,6 +364,7 @@ def git_state() -> Json:
     """The commit, whether the measured sources differ from it, and whether the library is older."""
     root = Path(__file__).resolve().parents[1]
     sources = ["csrc", "tritool", "setup.py", "benchmarks/*.py"]
+    sources += [f":!benchmarks/{name}.py" for name in ("report", "recorded", "plots", "compare")]
     changed = _output(["git", "-C", str(root), "status", "--porcelain", "--", *sources])
     library = root / "tritool" / "_C.so"
     newest = max((f.stat().st_mtime for f in root.glob("csrc/**/*") if f.is_file()), default=0.0)

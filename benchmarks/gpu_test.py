@@ -52,7 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     started = datetime.datetime.now(datetime.timezone.utc)
     steps = [cuda_tests()]
     steps += [sanitizer(tool) for tool in SANITIZERS]
-    steps.append(benchmarks(output.with_name(f"{output.stem}--benchmarks.json"), options.quick))
+    for suite in ("ops", "ops-compiled"):
+        steps.append(
+            benchmarks(suite, output.with_name(f"{output.stem}--{suite}.json"), options.quick)
+        )
     write(
         output,
         {
@@ -115,11 +118,12 @@ def find_sanitizer() -> str | None:
     )
 
 
-def benchmarks(output: Path, quick: bool) -> Json:
+def benchmarks(suite: str, output: Path, quick: bool) -> Json:
     output.unlink(missing_ok=True)
     script = str(Path(__file__).with_name("run.py"))
-    arguments = ["--device", "cuda", "--output", str(output), *(["--quick"] if quick else [])]
-    step = command("benchmarks", [sys.executable, script, *arguments])
+    arguments = ["--suite", suite, "--device", "cuda", "--output", str(output)]
+    arguments += ["--quick"] if quick else []
+    step = command(f"benchmarks, {suite}", [sys.executable, script, *arguments])
     if output.exists():
         step["result"] = json.loads(output.read_text())
     elif step["outcome"] == "passed":

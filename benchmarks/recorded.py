@@ -11,7 +11,7 @@ from bench import Json
 
 MODE_NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
 NETWORKS, CALLS = "networks", "calls"
-SUITE_ORDER = ("ops", "ops-all-threads", "ops-default-malloc")
+SUITE_ORDER = ("ops", "ops-all-threads", "ops-compiled", "ops-default-malloc")
 
 
 # ---- reading ----

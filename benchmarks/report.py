@@ -110,8 +110,8 @@ def readme_block(results: Sequence[Json]) -> str:
         if not parts:
             parts.append(
                 f"![Speed-ups, and the bandwidth reached](docs/images/{HEADLINES})\n\n"
-                "Right: the bytes that a call cannot do without, over its time, of what a copy of "
-                "memory reaches; a call at 100 % is as fast as memory."
+                "Right: the bytes that a call cannot do without, over its time, of what PyTorch's "
+                "copy or sum reaches; a call at 100 % is as fast as memory."
             )
         parts.append(table(README_HEADER, list(readme_rows(result)), left=4))
         parts.append(f"{caption(result)}. A speed-up below 1 is a loss.")
@@ -148,8 +148,9 @@ METHOD = """\
 # Benchmarks
 
 Written by `benchmarks/report.py` from the JSON under `benchmarks/results`; do not edit. To measure:
-`make bench`, on a GPU `make bench ARGS="--device cuda"`; to compare two files: `python
-benchmarks/compare.py A.json B.json`.
+`make bench`, on a GPU `make bench ARGS="--device cuda"`, with the packages that are compared in
+`.venv`: `pip install -c constraints.txt kornia opencv-python-headless`. To compare two files:
+`python benchmarks/compare.py A.json B.json`.
 
 How it is measured:
 
@@ -218,7 +219,8 @@ MEMORY_TARGET = ("unproject", "softmax, 1x4x32x96x96 to 64^3", 1.2)
 
 BOUNDS = """\
 The last column: how many times as fast as the rival a call would be that took no longer than memory
-takes for its operands (see the second picture). A target above it is out of reach.
+takes for its operands (see the second picture; stores past the caches can be a little faster). A
+target well above it is out of reach.
 
 What stands between the others and their targets, and what was tried:
 
@@ -234,12 +236,12 @@ What stands between the others and their targets, and what was tried:
   in place of two (all slower); the number of views known to the compiler, rows of pixels turned
   against each other so that they share no cache set, larger and smaller tiles of the grid (no
   faster).
-- `triangulate` and `rigid_align` compute; a third of the latter's forward are the rotations of a
-  singular value decomposition, each of which waits for the one before: two square roots and two
-  divisions. Tried and kept: views and sets gathered once, by whole vectors turned over in
-  registers; the next sets prefetched, one for each point computed; the last of four sweeps left out
-  where it would change nothing; large gradients written past the caches. Dropped: reciprocal square
-  roots by estimate and a Newton step (less accurate where views hardly agree).
+- `triangulate` and `rigid_align` compute. The rotations of their singular value decomposition wait
+  for each other, each of them for two square roots and two divisions in turn. Tried and kept: views
+  and sets gathered once, by whole vectors turned over in registers; the next sets prefetched, one
+  for each point computed; the last of four sweeps left out where it would change nothing; large
+  gradients written past the caches. Dropped: reciprocal square roots by estimate and a Newton step
+  (less accurate where views hardly agree).
 """
 
 

@@ -28,7 +28,7 @@ import bench
 import suites
 import torch
 from bench import Json
-from launches import SECULAR, TRIPS, WARP, Launch, l2_bytes, launches_of, operand_bytes
+from launches import SECULAR, SVD, TRIPS, WARP, Launch, l2_bytes, launches_of, operand_bytes
 from recorded import number, table
 from run import SCHEMA, write
 from sass import Code, by_kind, count
@@ -300,8 +300,9 @@ nobody has timed them: **counted** from the operands' sizes and the code that nv
   registers, shared memory, stack, spills; widths and sectors of accesses to global memory, each
   once as it stands in the code, neighbouring threads at neighbouring addresses; instructions of a
   thread, on the shortest way through the code that does the work, loops as often as the sizes say.
-  What sizes do not settle: the secular equation of `triangulate` takes {secular:g} steps here, all
-  views see all voxels in `unproject`, the level is never raised in `soft_argmax*`.
+  What sizes do not settle: the secular equation of `triangulate` takes {secular:g} steps here, a
+  singular value decomposition {sweeps:g} of its 4 sweeps, all views see all voxels in `unproject`,
+  the level is never raised in `soft_argmax*`.
 - Assumed: {copy:g} TB/s for a copy, read and written; {l2:g} TB/s from L2; {flop32:g} TFLOP/s in
   float32, that is {instructions:.3g}e12 instructions of threads a second, whatever they do; half
   as many in float64, a quarter for loads, stores and shuffles, an eighth for special functions;
@@ -349,6 +350,7 @@ def page(result: Json) -> str:
     parts = [
         INTRODUCTION.format(
             secular=next(iter(SECULAR.values())),
+            sweeps=next(iter(SVD.values())),
             copy=assumed["copy_bytes"] / 1e12,
             l2=assumed["l2_bytes"] / 1e12,
             flop32=assumed["flop32"] / 1e12,

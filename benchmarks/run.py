@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures tritool beside plain PyTorch and installed packages, and writes one JSON.
 
-Suites: `ops`, every operation at every size; `ops-default-malloc`, the headline sizes as a user
-gets them who sets nothing. The JSON goes to
+Suites: `ops`, every operation at every size; `ops-compiled`, the headline sizes, rivals also under
+torch.compile; `ops-default-malloc`, the same as a user gets them who sets nothing. The JSON goes to
 benchmarks/results/<version>/<suite>--<machine>--<device>.json (with --quick to .benchmarks/).
 """
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
-SUITES = ("ops", "ops-default-malloc")
+SUITES = ("ops", "ops-compiled", "ops-default-malloc")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +48,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", choices=SUITES, default="ops")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", choices=("1", "all"), default="1", help="of the CPU")
-    parser.add_argument("--compile", action="store_true", help="also rivals under torch.compile")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
     parser.add_argument(
         "--seconds", type=float, help="for timing a case, forward or both (default: 8, quick 0.1)"
@@ -64,7 +63,7 @@ def measure(options: argparse.Namespace) -> Json:
     threads = 1 if options.threads == "1" else len(os.sched_getaffinity(0))
     seconds = options.seconds or (0.1 if options.quick else 8.0)
     specs = [s for s in suites.specs(options.quick) if options.only in s.name]
-    if options.suite == "ops-default-malloc":
+    if options.suite != "ops":
         specs = [spec for spec in specs if spec.headline]
     if not specs:
         sys.exit(f"run.py: no case contains {options.only!r}")
@@ -76,9 +75,9 @@ def measure(options: argparse.Namespace) -> Json:
         "threads": threads,
         "seconds": seconds,
         "quick": options.quick,
-        "compile": options.compile,
+        "compile": options.suite == "ops-compiled",
     }
-    malloc = bench.KEPT_PAGES if options.suite == "ops" else {}
+    malloc = {} if options.suite == "ops-default-malloc" else bench.KEPT_PAGES
     started = datetime.datetime.now(datetime.timezone.utc)
     load_before = os.getloadavg()[0]
     bandwidth = work(request | {"what": "bandwidth"}, malloc)

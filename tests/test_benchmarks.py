@@ -25,10 +25,12 @@ sys.path.insert(0, str(BENCHMARKS))
 bench = import_module("bench")
 compare = import_module("compare")
 gpu_test = import_module("gpu_test")
+plots = import_module("plots")
 report = import_module("report")
 run = import_module("run")
 suites = import_module("suites")
 project_einsum = import_module("rivals.project").project_einsum
+worker = import_module("worker")
 triangulate_case = import_module("suites.triangulate").triangulate_case
 
 Json = dict[str, Any]
@@ -135,6 +137,9 @@ def check_schema(result: Json) -> None:
     assert result["schema"] == run.SCHEMA
     assert result["device"] in ("cpu", "cuda")
     assert set(result["settings"]) == set(made_up()["settings"])
+    bandwidth = result["settings"]["bandwidth_gb_s"]
+    assert set(bandwidth) == {"copy", "sum"}
+    assert min(bandwidth.values()) > 0
     assert set(result["environment"]) - {"gpu"} == set(made_up()["environment"])
     assert ("gpu" in result["environment"]) == (result["device"] == "cuda")
     assert result["cases"]
@@ -253,6 +258,17 @@ def test_errors_that_are_not_finite_are_counted() -> None:
     spread = bench.spread_of_errors(np.array([1.0, np.nan, 3.0, np.inf]))
     assert spread == {"not_finite": 2, "median": 2.0, "p999": 2.998, "max": 3.0}
     assert bench.spread_of_errors(np.array([np.nan]))["median"] is None
+
+
+def test_rivals_are_compiled_but_for_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda run, dynamic: run)
+    case = worker.with_compiled(triangulate_case(5, 4, "cpu"))
+    names = [variant.name for variant in case.variants if variant.kind == "compiled"]
+    assert "torch.compile(batched svd)" in names
+    plain = [variant.name for variant in case.variants if variant.kind == "pytorch"]
+    loops = [name for name in plain if name.startswith("loop")]
+    assert loops
+    assert len(names) == len(plain) - len(loops)
 
 
 def test_times_take_turns() -> None:
@@ -376,6 +392,32 @@ def test_report_is_idempotent_and_checks(
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="must hold"):
         report.main(options)
+
+
+def test_every_sweep_has_sizes() -> None:
+    """Of one thing, the others alike; or its panel would be empty, or show steps that are none."""
+    cases = [
+        {"op": spec.op, "size": spec.size, "shape": spec.shape, "variants": []}
+        for spec in suites.specs()
+    ]
+    for sweep in plots.SWEEPS:
+        found = sweep.cases({"cases": cases})
+        sizes = [case["shape"][sweep.axis] for case in found]
+        assert len(sizes) >= 2, sweep
+        assert sizes == sorted(set(sizes)), sweep
+        side = {"X", "Y", "Z"} if sweep.axis == "X" else {sweep.axis}
+        assert len({str({**case["shape"], **dict.fromkeys(side, 0)}) for case in found}) == 1, sweep
+
+
+def test_share_of_bandwidth() -> None:
+    shape = {"N": 1000, "C": 4}
+    own = row("tritool", "tritool", 1.0)  # 2 ms
+    case = {"op": "project", "size": "N=1000 C=4", "shape": shape, "variants": [own]}
+    forward = 12 * 1000 + 48 * 4 + 8 * 4000  # points and matrices in, pixels out
+    share = plots.share_of_bandwidth(case, own, "forward", {"copy": 0.01, "sum": 0.02})
+    assert share == pytest.approx(forward / 2e-3 / 0.02e9)
+    both = plots.share_of_bandwidth(case, own, "forward_backward", {"copy": 0.02, "sum": 0.01})
+    assert both / share == pytest.approx((2 * forward + 12 * 1000) / forward)
 
 
 # ---- the GPU's program ----

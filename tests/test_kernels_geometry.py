@@ -162,6 +162,19 @@ def test_large_gradients_are_those_of_their_points(kernels: Kernels, views: int)
         assert_same_bits(found[2][some], to_weights)
 
 
+@every_kernel
+@pytest.mark.parametrize("views", [31, 33])
+def test_many_pixels_are_those_of_their_points(kernels: Kernels, views: int) -> None:
+    """As above, of the projection."""
+    count = 50 if kernels.backend == CUDA else 70000
+    seen = rigs.observe(rigs.h36m4(), count, noise=0.0, seed=21)
+    points, projections = kernels.cast(seen.truth, seen.projections[np.arange(views) % 4])
+    found = kernels.project(points, projections)
+    assert kernels.backend == CUDA or found.nbytes > 16 << 20
+    for some in np.array_split(np.arange(count), 5):
+        assert_same_bits(found[some], kernels.project(points[some], projections))
+
+
 @functools.cache
 def room(count: int) -> tuple[rigs.Observations, Array, Array, Array, Array]:
     """Return 5 px of noise in h36m4 in float32, a gradient, and what is right for it."""

@@ -202,10 +202,29 @@ TRITOOL_HD void scatter_run(T* const* base, int lanes, int64_t count, const Pack
 #pragma GCC diagnostic pop
 #endif
 
-// `scatter_run`; past the caches if that is wanted and the places follow each other in whole lines. `block` has room
-// for all lanes.
+// So many points or views of a group of items are kept in lanes, in the first cache, and pass between there and memory
+// at once. Formulas read them several times.
+constexpr int kMostStaged = 32;
+
+// The rows `first` .. `first + count - 1` of each item, of kColumns elements: one after the other, a pack for each.
+template <int kColumns, class T, int N>
+TRITOOL_HD void gather_rows(const T* const (&base)[N], int64_t row_stride, int64_t column_stride, int64_t first,
+                            int64_t count, Pack<T, N>* result) {
+  if (row_stride == kColumns && (kColumns == 1 || column_stride == 1)) {
+    const T* from[N];
+    for (int lane = 0; lane < N; ++lane) from[lane] = base[lane] + kColumns * first;
+    return gather_run<N>(from, kColumns * count, result);
+  }
+  for (int64_t row = 0; row < count; ++row)
+    for (int k = 0; k < kColumns; ++k)
+      result[kColumns * row + k] = gather(base, (first + row) * row_stride + k * column_stride);
+}
+
+// `scatter_run` of up to 3 kMostStaged elements; past the caches if that is wanted and the places follow each other in
+// whole lines.
 template <int N, class T>
-TRITOOL_HD void stream_run(T* const* base, int lanes, int64_t count, const Pack<T, N>* values, bool wanted, T* block) {
+TRITOOL_HD void stream_run(T* const* base, int lanes, int64_t count, const Pack<T, N>* values, bool wanted) {
+  T block[3 * kMostStaged * N];
   bool streamed = wanted && lanes == N && is_aligned(base[0]);
   for (int lane = 0; lane < N; ++lane) streamed = streamed && base[lane] == base[0] + lane * count;
   T* row[N];

@@ -39,9 +39,6 @@ struct LaneItems {
   }
 };
 
-// Pixels of so many views pass between memory and lanes at once, in whole vectors.
-constexpr int kMostStaged = 32;
-
 template <class T>
 void forward(const ProjectParams<T>& params, int64_t begin, int64_t end) {
   using Params = ProjectParams<T>;
@@ -61,25 +58,12 @@ void forward(const ProjectParams<T>& params, int64_t begin, int64_t end) {
         const Projection<P> projection = project_point(items.point, matrix);
         for (int k = 0; k < 2; ++k) pixels[2 * view + k] = projection.pixel[k];
       }
-      T *to[N], block[2 * kMostStaged * N];
+      T* to[N];
       for (int lane = 0; lane < N; ++lane) to[lane] = params.pixels + offset[lane][Params::kPixels] + 2 * from;
-      stream_run<N>(to, lanes, 2 * views, pixels, streamed, block);
+      stream_run<N>(to, lanes, 2 * views, pixels, streamed);
     }
   }
   if (streamed) fence_streams();
-}
-
-// The pixels of the views from .. from + views - 1.
-template <class T, int N>
-TRITOOL_HD void load_pixels(const T* const (&base)[N], const int64_t (&stride)[2], int from, int views,
-                            Pack<T, N>* pixels) {
-  if (stride[0] == 2 && stride[1] == 1) {
-    const T* at[N];
-    for (int lane = 0; lane < N; ++lane) at[lane] = base[lane] + 2 * from;
-    return gather_run<N>(at, 2 * views, pixels);
-  }
-  for (int view = 0; view < views; ++view)
-    for (int k = 0; k < 2; ++k) pixels[2 * view + k] = gather(base, (from + view) * stride[0] + k * stride[1]);
 }
 
 template <class T>
@@ -106,7 +90,7 @@ void backward(const ProjectBackwardParams<T>& params, const SharedSumPlan& plan,
       for (int from = 0; from < params.views; from += kMostStaged) {
         const int views = params.views - from < kMostStaged ? params.views - from : kMostStaged;
         P pixels[2 * kMostStaged];
-        load_pixels(grads, params.grad_stride, from, views, pixels);
+        gather_rows<2>(grads, params.grad_stride[0], params.grad_stride[1], from, views, pixels);
         for (int view = 0; view < views; ++view) {
           P matrix[3][4], grad_matrix[3][4];
           items.load_matrix(from + view, matrix);

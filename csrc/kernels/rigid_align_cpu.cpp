@@ -79,9 +79,7 @@ struct Prefetcher {
   }
 };
 
-// The formulas pass over the points three times. Sets of up to this size are gathered once and kept in the first cache.
-constexpr int kMostStaged = 32;
-
+// The points of small sets, gathered once: the formulas pass over them three times.
 template <class T, int N>
 struct StagedPoints {
   int count;
@@ -93,10 +91,10 @@ struct StagedPoints {
       : count(points.count), weighted(points.weighted), next(next) {
     stage(points.source, points.source_stride, points.same_source, source);
     stage(points.target, points.target_stride, points.same_target, target);
-    if (weighted && points.weights_stride == 1)
-      gather_run<N>(points.weights, count, weight);
+    if (weighted)
+      gather_rows<1>(points.weights, points.weights_stride, 0, 0, count, weight);
     else
-      for (int n = 0; n < count; ++n) weight[n] = weighted ? gather(points.weights, n * points.weights_stride) : T(1);
+      for (int n = 0; n < count; ++n) weight[n] = T(1);
   }
   TRITOOL_HD Correspondence<Pack<T, N>> operator()(int n) const {
     next.step();
@@ -111,9 +109,9 @@ struct StagedPoints {
 
  private:
   TRITOOL_HD void stage(const T* const (&base)[N], const int64_t* stride, bool same, Pack<T, N>* result) const {
-    if (stride[0] == 3 && stride[1] == 1 && !same) return gather_run<N>(base, 3 * count, result);
+    if (!same) return gather_rows<3>(base, stride[0], stride[1], 0, count, result);
     for (int n = 0; n < count; ++n)
-      for (int k = 0; k < 3; ++k) result[3 * n + k] = gather_shared(base, same, n * stride[0] + k * stride[1]);
+      for (int k = 0; k < 3; ++k) result[3 * n + k] = base[0][n * stride[0] + k * stride[1]];
   }
 };
 
@@ -204,8 +202,7 @@ struct StagedGradients {
   }
   TRITOOL_HD void write(const LaneGradients<T, N>& to, int count, bool streamed) const {
     const auto write_run = [&](T* const(&base)[N], int length, const Pack<T, N>* values) {
-      T block[3 * kMostStaged * N];
-      if (base[0] != nullptr) stream_run<N>(base, to.lanes, length, values, streamed, block);
+      if (base[0] != nullptr) stream_run<N>(base, to.lanes, length, values, streamed);
     };
     write_run(to.source, 3 * count, source);
     write_run(to.target, 3 * count, target);

@@ -45,9 +45,7 @@ struct LaneViews {
   }
 };
 
-// The formulas pass over the views three or four times. So many are gathered once and kept in the first cache.
-constexpr int kMostStaged = 32;
-
+// The same, gathered once: the formulas pass over the views three or four times.
 template <class T, int N>
 struct StagedViews {
   int count;
@@ -55,16 +53,11 @@ struct StagedViews {
   Pack<T, N> points[2 * kMostStaged], weights[kMostStaged];
 
   TRITOOL_HD explicit StagedViews(const LaneViews<T, N>& from) : count(from.count), views(from) {
-    if (views.points_stride[0] == 2 && views.points_stride[1] == 1)
-      gather_run<N>(views.points, 2 * count, points);
+    gather_rows<2>(views.points, views.points_stride[0], views.points_stride[1], 0, count, points);
+    if (views.weighted)
+      gather_rows<1>(views.weights, views.weights_stride, 0, 0, count, weights);
     else
-      for (int view = 0; view < count; ++view)
-        for (int a = 0; a < 2; ++a)
-          points[2 * view + a] = gather(views.points, view * views.points_stride[0] + a * views.points_stride[1]);
-    if (views.weighted && views.weights_stride == 1)
-      gather_run<N>(views.weights, count, weights);
-    else
-      for (int view = 0; view < count; ++view) weights[view] = views.weight(view);
+      for (int view = 0; view < count; ++view) weights[view] = T(1);
   }
   TRITOOL_HD Observation<Pack<T, N>> operator()(int view) const {
     Observation<Pack<T, N>> observation;
@@ -138,8 +131,7 @@ struct LaneSink {
       if (base == nullptr) return;
       T* to[N];
       for (int lane = 0; lane < N; ++lane) to[lane] = base + offset[lane][operand] + size * first;
-      T block[2 * kMostStaged * N];
-      stream_run<N>(to, lanes, size * count, values, streamed, block);
+      stream_run<N>(to, lanes, size * count, values, streamed);
     };
     write_run(params.grad_points, Params::kGradPoints, 2, points);
     write_run(params.grad_weights, Params::kGradWeights, 1, weights);
