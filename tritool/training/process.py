@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
+import gc
 import os
 import signal
 import threading
@@ -59,7 +61,29 @@ def make_accelerator(precision: str, device: str | None) -> Any:
     AcceleratorState._reset_state(reset_partial_state=True)
     # Not every network uses all its parameters in training.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=not gpu, mixed_precision=precision, kwargs_handlers=[unused])
+    joined_before = _in_a_group()
+    accelerator = Accelerator(cpu=not gpu, mixed_precision=precision, kwargs_handlers=[unused])
+    if _in_a_group() and not joined_before:
+        atexit.register(_leave_group)
+    return accelerator
+
+
+def _in_a_group() -> bool:
+    """Whether this process is one of several that compute together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _leave_group() -> None:
+    """Ends the threads that talk to the other processes, while Python can still free their tensors.
+
+    Left to run, they may want to free one when the interpreter is shutting down; the process is
+    then aborted, and a training that succeeded counts as failed. Not at the end of `train`: the
+    group serves the next call too, and processes that joined once may not be able to again.
+    """
+    if _in_a_group():
+        # Networks that wait for the garbage collector hold the group as well.
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
