@@ -16,7 +16,7 @@ namespace TRITOOL_ISA {
 namespace {
 
 constexpr int kBlock = int(kUnprojectBlock);  // a multiple of the lanes of every type
-constexpr int64_t kGridTile = 8;              // see first_voxel
+constexpr int64_t kGridTile = 8;              // see BlockWalk
 using Lanes = NativePack<double>;
 constexpr int kLanes = Lanes::kLanes;
 
@@ -63,9 +63,10 @@ template <class In>
 void load_confidences(const UnprojectParams<In>& params, const Accumulator<In>* confidences, Accumulator<In>* rows) {
   for (int view = 0; view < params.views; ++view)
     for (int64_t k = 0; k < params.rows.row; ++k)
-      *rows++ = k < params.channels
-                    ? confidences[view * params.confidences_stride[0] + k * params.confidences_stride[1]]
-                    : Accumulator<In>(1);
+      *rows++ =
+          k < params.channels
+              ? known_confidence(confidences[view * params.confidences_stride[0] + k * params.confidences_stride[1]])
+              : Accumulator<In>(1);
 }
 
 // Several packs of double lanes as one of T, next to each other.
@@ -159,14 +160,19 @@ TRITOOL_HD void store_integers(Integer* to, const Vector& integers) {
   for (int n = 0; n < kCount; ++n) to[n] = Integer(integers[n]);
 }
 
-// The number of a pixel in memory, see UnprojectRows::tiled; of integers or of vectors of them. `width`: of the rows,
-// in whole tiles where tiled.
+// The number of a pixel in memory, see UnprojectRows::tiled: that of its row and that of its column together; of
+// integers or of vectors of them. `width`: of the rows, in whole tiles where tiled.
 template <class Integers>
-TRITOOL_HD Integers place_of_pixel(Integers column, Integers row, Integers width, bool tiled) {
-  constexpr int kLastRow = int(cpu::kTileRows) - 1, kLastColumn = int(cpu::kTileColumns) - 1;
-  if (!tiled) return row * width + column;
-  const Integers rows = row & kLastRow, columns = column & kLastColumn;
-  return (row - rows) * width + (column - columns) * int(cpu::kTileRows) + rows * int(cpu::kTileColumns) + columns;
+TRITOOL_HD Integers place_of_row(Integers row, Integers width, bool tiled) {
+  if (!tiled) return row * width;
+  const Integers in_tile = row & (int(cpu::kTileRows) - 1);
+  return (row - in_tile) * width + in_tile * int(cpu::kTileColumns);
+}
+template <class Integers>
+TRITOOL_HD Integers place_of_column(Integers column, bool tiled) {
+  if (!tiled) return column;
+  const Integers in_tile = column & (int(cpu::kTileColumns) - 1);
+  return (column - in_tile) * int(cpu::kTileRows) + in_tile;
 }
 template <class In>
 int64_t width_in_memory(const UnprojectParams<In>& params) {
@@ -175,7 +181,29 @@ int64_t width_in_memory(const UnprojectParams<In>& params) {
 // The number of an element of a map.
 template <class In>
 int64_t pixel_row(const UnprojectParams<In>& params, int64_t column, int64_t row) {
-  return place_of_pixel(column, row, width_in_memory(params), params.rows.tiled) * params.rows.row;
+  const bool tiled = params.rows.tiled;
+  return (place_of_row(row, width_in_memory(params), tiled) + place_of_column(column, tiled)) * params.rows.row;
+}
+
+// The cells of as many voxels as P has lanes, from cell_of_lanes(point, cell); returns whether that was true of all.
+template <class P, class CellOfLanes>
+TRITOOL_HD bool cells_of(const BlockPoints& points, int lane, const CellOfLanes& cell_of_lanes, Cell<P>& cell) {
+  constexpr int kParts = P::kLanes / kLanes;
+  Lanes column[kParts], row[kParts], fraction_x[kParts], fraction_y[kParts];
+  Mask<Lanes> all_are = Lanes(0.0) == Lanes(0.0);
+#pragma GCC unroll 2  // else the parts go through memory
+  for (int part = 0; part < kParts; ++part) {
+    Lanes world[3];
+    points.load(points.world, lane + part * kLanes, world);
+    Cell<Lanes> lanes;
+    all_are = all_are & cell_of_lanes(world, lanes);
+    column[part] = lanes.column;
+    row[part] = lanes.row;
+    fraction_x[part] = lanes.fraction_x;
+    fraction_y[part] = lanes.fraction_y;
+  }
+  cell = {join<P>(column), join<P>(row), join<P>(fraction_x), join<P>(fraction_y)};
+  return all(all_are);
 }
 
 template <bool kSlopes, class In>
@@ -183,7 +211,6 @@ void find_taps(const UnprojectParams<In>& params, const BlockPoints& points, con
                BlockTaps<Accumulator<In>>& taps) {
   using T = Accumulator<In>;
   using P = NativePack<T>;
-  constexpr int kParts = P::kLanes / kLanes;
   const FeatureMap<double> map = feature_map(params);
   const FeatureMap<Lanes> map_lanes{Lanes(map.width), Lanes(map.height), Lanes(map.scale_x), Lanes(map.scale_y)};
   Lanes matrix_lanes[3][4];
@@ -192,27 +219,34 @@ void find_taps(const UnprojectParams<In>& params, const BlockPoints& points, con
   using Integer = typename IntegerOf<T>::type;
   const Integers width = Integers{} + Integer(width_in_memory(params));
   const Integers pixel_size = Integers{} + Integer(params.rows.row);
+  const bool tiled = params.rows.tiled;
+  taps.all_seen = true;
   for (int lane = 0; lane < kBlock; lane += P::kLanes) {
-    Lanes column[kParts], row[kParts], fraction_x[kParts], fraction_y[kParts];
-    for (int part = 0; part < kParts; ++part) {
-      Lanes world[3];
-      points.load(points.world, lane + part * kLanes, world);
-      const Cell<Lanes> cell = cell_of(world, matrix_lanes, map_lanes);
-      column[part] = cell.column;
-      row[part] = cell.row;
-      fraction_x[part] = cell.fraction_x;
-      fraction_y[part] = cell.fraction_y;
+    const auto inner_cell = [&](const Lanes(&world)[3], Cell<Lanes>& cell) {
+      return inner_cell_of(world, matrix_lanes, map_lanes, cell);
+    };
+    const auto any_cell = [&](const Lanes(&world)[3], Cell<Lanes>& cell) {
+      cell = cell_of(world, matrix_lanes, map_lanes);
+      return cell.column >= Lanes(-1.0);
+    };
+    Cell<P> cell;
+    Footprint<P> footprint;
+    if (cells_of<P>(points, lane, inner_cell, cell)) {
+      footprint = inner_footprint_of(cell);
+    } else {
+      taps.all_seen = cells_of<P>(points, lane, any_cell, cell) && taps.all_seen;
+      footprint = footprint_of(cell, P(T(params.width)), P(T(params.height)));
     }
-    const Cell<P> cell{join<P>(column), join<P>(row), join<P>(fraction_x), join<P>(fraction_y)};
-    const Footprint<P> footprint = footprint_of(cell, P(T(params.width)), P(T(params.height)));
     store_integers(taps.column + lane, integers(cell.column));
-    taps.all_seen = (lane == 0 || taps.all_seen) && all(cell.column >= P(T(-1)));
+    Integers column_place[2], row_place[2];
+    for (int n = 0; n < 2; ++n) {
+      column_place[n] = place_of_column(integers(footprint.column[n]), tiled) * pixel_size;
+      row_place[n] = place_of_row(integers(footprint.row[n]), width, tiled) * pixel_size;
+    }
     for (int j = 0; j < 2; ++j) {
-      const Integers row = integers(footprint.row[j]);
       for (int i = 0; i < 2; ++i) {
         const int tap = 2 * j + i;
-        const Integers pixel = place_of_pixel(integers(footprint.column[i]), row, width, params.rows.tiled);
-        store_integers(taps.offset[tap] + lane, pixel * pixel_size);
+        store_integers(taps.offset[tap] + lane, column_place[i] + row_place[j]);
         store_pack(taps.weight[tap] + lane, footprint.along_x[i] * footprint.along_y[j]);
         if constexpr (kSlopes) {
           store_pack(taps.slope_x[tap] + lane, footprint.slope_x[i] * footprint.along_y[j]);
@@ -283,7 +317,8 @@ TRITOOL_HD void aggregate(const Views<Real<P>>& views, int lane, int64_t channel
       for (int p = 0; p < kPacks; ++p) value[p] = P(T(0));
       if (sampled) sample(views.taps[view], lane, views.features + view * views.map + channel, value);
       for (int p = 0; p < kPacks; ++p)
-        result[p].add_looked_at(value[p], confidence_of<P, kWeighted>(views, view, channel + p * P::kLanes));
+        result[p].template add_looked_at<true>(value[p],
+                                               confidence_of<P, kWeighted>(views, view, channel + p * P::kLanes));
     }
     return;
   }
@@ -296,7 +331,7 @@ TRITOOL_HD void aggregate(const Views<Real<P>>& views, int lane, int64_t channel
     for (int p = 0; p < kPacks; ++p) result[p].start();
     for (int view = 0; view < views.count; ++view)
       for (int p = 0; p < kPacks; ++p)
-        kept.factor[view][p] = result[p].add_looked_at(
+        kept.factor[view][p] = result[p].template add_looked_at<true>(
             kept.value[view][p], confidence_of<P, kWeighted>(views, view, channel + p * P::kLanes));
     return;
   }
@@ -326,7 +361,8 @@ TRITOOL_HD void aggregate(const Views<Real<P>>& views, int lane, int64_t channel
         if (column == kUnknownColumn)
           result[p].add_unknown(confidence);
         else
-          here.factor[view - first][p] = result[p].add_looked_at(here.value[view - first][p], confidence);
+          here.factor[view - first][p] =
+              result[p].template add_looked_at<true>(here.value[view - first][p], confidence);
       }
     }
   }
@@ -351,15 +387,27 @@ struct Sums {
   T* pixels;       // [C, 2, kBlock], to the pixels; null: not wanted
 };
 
+// Lines of memory that are read soon, each so many bytes behind the last.
+struct MemoryLines {
+  const char* first;
+  int64_t stride;
+  int count;
+};
+
 template <class P, int kPacks, Aggregation kBy, bool kWeighted>
 void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, const Real<P>* tile,
-                   const Sums<Real<P>>& sums) {
+                   const Sums<Real<P>>& sums, const MemoryLines& next) {
   using T = Real<P>;
   constexpr int N = P::kLanes;
   constexpr bool kLinear = is_linear(kBy);
   const bool all_kept = views.count <= kKept;
   const bool sampled = !kLinear || sums.confidences != nullptr || sums.pixels != nullptr;
   for (int lane = 0; lane < lanes; ++lane) {
+    // A few for each voxel: all at once would wait for each other. For the second cache: the lines are often a power of
+    // two apart, and the first has no room for so many of one remainder.
+    constexpr int kEach = (kPacks * N + kBlock - 1) / kBlock;
+    for (int n = lane * kEach; n < (lane + 1) * kEach && n < next.count; ++n)
+      __builtin_prefetch(next.first + n * next.stride, 0, 2);
     ViewAggregate<P, kBy, kWeighted> aggregate_of[kPacks];
     Kept<P, kPacks> kept;
     aggregate<P, kPacks, true>(views, lane, channel, sampled, aggregate_of, kept);
@@ -435,7 +483,8 @@ void backward_tile(const Views<Real<P>>& views, int lanes, int64_t channel, cons
 template <class T>
 using ForwardTile = void (*)(const Views<T>& views, int lanes, int64_t channel, T* tile);
 template <class T>
-using BackwardTile = void (*)(const Views<T>& views, int lanes, int64_t channel, const T* tile, const Sums<T>& sums);
+using BackwardTile = void (*)(const Views<T>& views, int lanes, int64_t channel, const T* tile, const Sums<T>& sums,
+                              const MemoryLines& next);
 
 template <class T, int kPacks>
 struct Tiles {
@@ -560,35 +609,71 @@ void read_tile(const UnprojectParams<In>& params, const In* item, int64_t first,
     for (int k = 0; k < channels; ++k) tile[lane * width + k] = load(from + k * stride[0] + lane * stride[1]);
 }
 
-// Asks for a tile, whose channels lie far from each other. For the second cache: they are often a power of two apart,
-// and the first has no room for so many lines of one remainder. Always inlined: GCC takes a function that does nothing
-// but prefetch for one that does nothing.
+// What read_tile reads; none where the channels of a voxel lie side by side.
 template <class In>
-TRITOOL_INLINE inline void prefetch_tile(const UnprojectParams<In>& params, const In* item, int64_t first,
-                                         int64_t channel, int width) {
+MemoryLines memory_lines_of_tile(const UnprojectParams<In>& params, const In* item, int64_t first, int64_t channel,
+                                 int width) {
   const int64_t (&stride)[2] = params.volume_stride;
-  if (stride[1] != 1) return;
-  const int channels = int(params.channels - channel < width ? params.channels - channel : width);
-  for (int k = 0; k < channels; ++k) __builtin_prefetch(item + first + (channel + k) * stride[0], 0, 2);
+  if (stride[1] != 1) return {};
+  return {reinterpret_cast<const char*>(item + first + channel * stride[0]), stride[0] * int64_t(sizeof(In)),
+          int(params.channels - channel < width ? params.channels - channel : width)};
 }
 
-// The first voxel of a block. Blocks that follow each other lie side by side in a tile of the grid, not one behind the
-// other along a row: they see the same pixels, which are then still in the caches.
-template <class In>
-int64_t first_voxel(const UnprojectParams<In>& params, int64_t block) {
-  const int64_t height = params.grid_size[0], depth = params.grid_size[1], width = params.grid_size[2];
-  if (width == 0 || width % kBlock != 0) return block * kBlock;
-  const int64_t per_row = width / kBlock;
-  const int64_t slab = block / (kGridTile * depth * per_row), first_i = slab * kGridTile;
-  const int64_t size_i = height - first_i < kGridTile ? height - first_i : kGridTile;
-  const int64_t in_slab = block - first_i * depth * per_row;
-  const int64_t first_j = in_slab / (size_i * kGridTile * per_row) * kGridTile;
-  const int64_t size_j = depth - first_j < kGridTile ? depth - first_j : kGridTile;
-  const int64_t in_tile = in_slab - first_j * size_i * per_row;
-  const int64_t along = in_tile / (size_i * size_j), in_layer = in_tile - along * size_i * size_j;
-  const int64_t i = in_layer / size_j, j = in_layer - i * size_j;
-  return ((first_i + i) * depth + first_j + j) * width + along * kBlock;
-}
+// Goes from block to block of an item's voxels. In a grid the blocks that follow each other lie side by side in a tile,
+// not one behind the other along a row: they see the same pixels, which are then still in the caches. After the last
+// block comes the first.
+class BlockWalk {
+ public:
+  template <class In>
+  BlockWalk(const UnprojectParams<In>& params, int64_t block) {
+    const int64_t width = params.grid_size[2];
+    if (params.points == 0 || width == 0 || width % kBlock != 0) {
+      size_[kAlong] = unproject_blocks(params.points);
+      at_[kAlong] = block;
+      return;
+    }
+    size_[kI] = params.grid_size[0];
+    size_[kJ] = params.grid_size[1];
+    size_[kAlong] = width / kBlock;
+    const int64_t slab = block / (kGridTile * size_[kJ] * size_[kAlong]);
+    tile_[kI] = slab * kGridTile;
+    const int64_t in_slab = block - tile_[kI] * size_[kJ] * size_[kAlong];
+    tile_[kJ] = in_slab / (in_tile(kI) * kGridTile * size_[kAlong]) * kGridTile;
+    const int64_t rest = in_slab - tile_[kJ] * in_tile(kI) * size_[kAlong];
+    const int64_t layer = in_tile(kI) * in_tile(kJ);
+    at_[kAlong] = rest / layer;
+    at_[kI] = rest % layer / in_tile(kJ);
+    at_[kJ] = rest % layer % in_tile(kJ);
+  }
+
+  int64_t first_voxel() const {
+    return (((tile_[kI] + at_[kI]) * size_[kJ] + tile_[kJ] + at_[kJ]) * size_[kAlong] + at_[kAlong]) * kBlock;
+  }
+
+  void next() {
+    if (++at_[kJ] < in_tile(kJ)) return;
+    at_[kJ] = 0;
+    if (++at_[kI] < in_tile(kI)) return;
+    at_[kI] = 0;
+    if (++at_[kAlong] < size_[kAlong]) return;
+    at_[kAlong] = 0;
+    if ((tile_[kJ] += kGridTile) < size_[kJ]) return;
+    tile_[kJ] = 0;
+    if ((tile_[kI] += kGridTile) < size_[kI]) return;
+    tile_[kI] = 0;
+  }
+
+ private:
+  enum Axis { kI, kJ, kAlong };
+  int64_t in_tile(Axis axis) const {
+    const int64_t left = size_[axis] - tile_[axis];
+    return left < kGridTile ? left : kGridTile;
+  }
+
+  int64_t size_[3] = {1, 1, 1};  // of the grid, blocks
+  int64_t tile_[2] = {0, 0};     // where the tile begins
+  int64_t at_[3] = {0, 0, 0};    // of the block: in the tile, and along the rows of the grid
+};
 
 // ---- The passes ----
 
@@ -686,6 +771,7 @@ class ItemViews {
 
 template <class In>
 void forward(const UnprojectParams<In>& params, int64_t begin, int64_t end) {
+  if (begin == end) return;
   using Params = UnprojectParams<In>;
   using T = Accumulator<In>;
   constexpr int N = kLanesOf<T>;
@@ -696,8 +782,11 @@ void forward(const UnprojectParams<In>& params, int64_t begin, int64_t end) {
   const bool stream = std::is_same_v<In, T> && streams(params);
   ItemViews<In> item(params);
   alignas(64) T tile[kBlock * 2 * N];
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t number = index / blocks, first = first_voxel(params, index - number * blocks);
+  int64_t number = begin / blocks;
+  BlockWalk walk(params, begin - number * blocks);
+  for (int64_t index = begin; index < end; ++index, walk.next()) {
+    if (index == (number + 1) * blocks) ++number;
+    const int64_t first = walk.first_voxel();
     item.load(number);
     const int lanes = item.template project<false>(first);
     for_channels<T>(0, params.channels, [&](int64_t channel, auto packs) {
@@ -825,27 +914,34 @@ void backward(const UnprojectParams<In>& params, const UnprojectGradients<In>& g
         first_channel + plan.group_channels < params.channels ? first_channel + plan.group_channels : params.channels;
     item.load(number);
     T* features = gradient_rows(params, gradients, number, part, item.offset);
-    for (int64_t pixel = 0; features != nullptr && pixel < params.views * params.rows.view; pixel += row)
-      for (int64_t k = first_channel; k < row && k < first_channel + plan.group_channels; ++k)
-        features[pixel + k] = T(0);
+    if (features != nullptr && plan.group_channels >= row) {
+      memset(features, 0, size_t(params.views * params.rows.view) * sizeof(T));
+    } else {
+      for (int64_t pixel = 0; features != nullptr && pixel < params.views * params.rows.view; pixel += row)
+        for (int64_t k = first_channel; k < row && k < first_channel + plan.group_channels; ++k)
+          features[pixel + k] = T(0);
+    }
     small.clear();
     const Sums<T> sums{features, small.confidences(), moving ? pixels.data() : nullptr};
     T* grad_points =
         gradients.grid != nullptr && params.grid_size[0] == 0 ? gradients.grid + number * params.points * 3 : nullptr;
-    const int64_t last_block = blocks * (part + 1) / plan.parts;
-    for (int64_t block = blocks * part / plan.parts; block < last_block; ++block) {
-      const int64_t first = first_voxel(params, block);
+    const int64_t first_block = blocks * part / plan.parts, last_block = blocks * (part + 1) / plan.parts;
+    BlockWalk walk(params, first_block);
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t first = walk.first_voxel();
+      walk.next();
       const int lanes = moving ? item.template project<true>(first) : item.template project<false>(first);
       for (int64_t n = 0; moving && n < params.views * 2 * kBlock; ++n) pixels[n] = T(0);
       for_channels<T>(first_channel, last_channel, [&](int64_t channel, auto packs) {
         read_tile(params, params.volume + item.offset[Params::kVolume], first, lanes, channel, packs.value * N, tile);
+        MemoryLines next{};
         if (block + 1 < last_block)
-          prefetch_tile(params, params.volume + item.offset[Params::kVolume], first_voxel(params, block + 1), channel,
-                        packs.value * N);
+          next = memory_lines_of_tile(params, params.volume + item.offset[Params::kVolume], walk.first_voxel(), channel,
+                                      packs.value * N);
         if constexpr (packs.value == 2)
-          two.backward(item.views, lanes, channel, tile, sums);
+          two.backward(item.views, lanes, channel, tile, sums, next);
         else
-          one.backward(item.views, lanes, channel, tile, sums);
+          one.backward(item.views, lanes, channel, tile, sums, next);
       });
       if (moving)
         small.add_pixels(item, pixels.data(), lanes, grad_points == nullptr ? nullptr : grad_points + 3 * first);

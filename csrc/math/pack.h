@@ -145,6 +145,11 @@ TRITOOL_PACK TRITOOL_HD Pack<T, N> ceil_(const Pack<T, N>& x) {
   for (int lane = 0; lane < N; ++lane) result.v[lane] = ceil_(x.v[lane]);
   return result;
 }
+TRITOOL_PACK TRITOOL_HD Pack<T, N> floor_(const Pack<T, N>& x) {
+  Pack<T, N> result;
+  for (int lane = 0; lane < N; ++lane) result.v[lane] = floor_(x.v[lane]);
+  return result;
+}
 TRITOOL_PACK TRITOOL_HD Pack<T, N> inverse_power_of_two(const Pack<T, N>& x) {
   Pack<T, N> result;
   for (int lane = 0; lane < N; ++lane) result.v[lane] = inverse_power_of_two(x.v[lane]);

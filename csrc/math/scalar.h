@@ -48,6 +48,8 @@ TRITOOL_HD float abs_(float x) { return ::fabsf(x); }
 TRITOOL_HD double abs_(double x) { return ::fabs(x); }
 TRITOOL_HD float ceil_(float x) { return ::ceilf(x); }
 TRITOOL_HD double ceil_(double x) { return ::ceil(x); }
+TRITOOL_HD float floor_(float x) { return ::floorf(x); }
+TRITOOL_HD double floor_(double x) { return ::floor(x); }
 
 #if defined(__CUDA_ARCH__)
 // Two ulp, one instruction. In a Givens rotation c, s and the new diagonal share the factor, so its error cancels.
@@ -101,6 +103,19 @@ TRITOOL_HD float multiply_subtract(float a, float b, float c) { return ::fmaf(a,
 TRITOOL_HD float multiply_subtract(float a, float b, float c) { return float(double(a) * double(b) - double(c)); }
 #endif
 TRITOOL_HD double multiply_subtract(double a, double b, double c) { return ::fma(a, b, -c); }
+
+// a / b where 1 / b is at hand: the first product is corrected by what it leaves of a, and then is what a division
+// gives (Markstein, IBM Journal of Research and Development 34, 1990, theorem 1), for numbers whose products are in
+// range. Without the instruction a division costs less.
+template <class T>
+TRITOOL_HD T quotient(const T& a, const T& b, [[maybe_unused]] const T& inverse) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const T product = a * inverse;
+  return product - multiply_subtract(product, b, a) * inverse;
+#else
+  return a / b;
+#endif
+}
 
 TRITOOL_HD float exp2_(float x) { return ::exp2f(x); }
 TRITOOL_HD double exp2_(double x) { return ::exp2(x); }

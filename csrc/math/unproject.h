@@ -41,13 +41,31 @@ TRITOOL_HD Cell<T> cell_of(const T (&point)[3], const T (&matrix)[3][4], const F
   const auto unknown = (!behind) & ((!is_finite(image[2])) | is_nan(x) | is_nan(y));
   const auto seen = (image[2] > T(0)) & (x > T(-1)) & (x < map.width) & (y > T(-1)) & (y < map.height) & (!unknown);
   Cell<T> cell;
-  cell.column = T(0) - ceil_(T(0) - x);  // floor
-  cell.row = T(0) - ceil_(T(0) - y);
+  cell.column = floor_(x);
+  cell.row = floor_(y);
   cell.fraction_x = select(seen, x - cell.column, T(0));
   cell.fraction_y = select(seen, y - cell.row, T(0));
   cell.column = select(seen, cell.column, select(unknown, T(kUnknownColumn), T(kUnseenColumn)));
   cell.row = select(seen, cell.row, T(kUnseenColumn));
   return cell;
+}
+
+// The same for a voxel whose cell lies in the map with all of its pixels, at half of the cost; false for others, whose
+// cell is of no use.
+template <class T>
+TRITOOL_HD Mask<T> inner_cell_of(const T (&point)[3], const T (&matrix)[3][4], const FeatureMap<T>& map,
+                                 Cell<T>& cell) {
+  T image[3];
+  image_of(point, matrix, image);
+  const T inverse = T(1) / image[2];
+  const T x = quotient(image[0], image[2], inverse) * map.scale_x;
+  const T y = quotient(image[1], image[2], inverse) * map.scale_y;
+  cell.column = floor_(x);
+  cell.row = floor_(y);
+  cell.fraction_x = x - cell.column;
+  cell.fraction_y = y - cell.row;
+  // Nothing that is no number is in a range.
+  return (image[2] > T(0)) & (x >= T(0)) & (x < map.width - T(1)) & (y >= T(0)) & (y < map.height - T(1));
 }
 
 // Bilinear sampling is separable: the pixel with number place[n] along an axis, 0 or 1, has the weight along[n], whose
@@ -81,10 +99,27 @@ TRITOOL_HD Footprint<T> footprint_of(const Cell<T>& cell, T width, T height) {
   return result;
 }
 
+// The same for a cell of inner_cell_of.
+template <class T>
+TRITOOL_HD Footprint<T> inner_footprint_of(const Cell<T>& cell) {
+  return {{cell.column, cell.column + T(1)},
+          {cell.row, cell.row + T(1)},
+          {T(1) - cell.fraction_x, cell.fraction_x},
+          {T(1) - cell.fraction_y, cell.fraction_y},
+          {T(-1), T(1)},
+          {T(-1), T(1)}};
+}
+
 enum class Aggregation { kSum, kMean, kSoftmax, kMax };
 // Its gradient to the features does not depend on them.
 TRITOOL_HD constexpr bool is_linear(Aggregation aggregation) {
   return aggregation == Aggregation::kSum || aggregation == Aggregation::kMean;
+}
+
+// NaN for a confidence that is negative or not finite.
+template <class T>
+TRITOOL_HD T known_confidence(T confidence) {
+  return select((confidence >= T(0)) & is_finite(confidence), confidence, quiet_nan<T>());
 }
 
 // The aggregate over the views of one channel of one voxel, and its derivatives. A view of confidence 0 is absent; one
@@ -92,7 +127,7 @@ TRITOOL_HD constexpr bool is_linear(Aggregation aggregation) {
 //
 // The softmax keeps its sums relative to a level, the largest value yet. Views are added one by one (add), or several
 // at a time: first look() at each, then rise() once, then add_looked_at() each, which costs one exponential a view and
-// no comparison.
+// no comparison. add_looked_at<true> is for confidences from known_confidence(), which many voxels may ask once.
 //
 // After the last view finish(), then value_slope() and confidence_slope() give d result / d value and d result /
 // d confidence of a view. `factor` is what add_looked_at() returned since the last rise(), or factor_of(). For the
@@ -120,11 +155,10 @@ class ViewAggregate {
   // Before anything was added.
   TRITOOL_HD void start() { level_ = seen_; }
 
+  template <bool kKnown = false>
   TRITOOL_HD T add_looked_at(T value, T confidence) {
-    if constexpr (kWeighted) {
-      value = select(confidence != T(0), value, T(0));  // 0 * NaN
-      confidence = select((confidence >= T(0)) & is_finite(confidence), confidence, quiet_nan<T>());
-    }
+    if constexpr (kWeighted) value = select(confidence != T(0), value, T(0));  // 0 * NaN
+    if constexpr (kWeighted && !kKnown) confidence = known_confidence(confidence);
     if constexpr (is_linear(kBy)) {
       total_ = kWeighted ? total_ + confidence * value : total_ + value;
       if constexpr (kWeighted || kBy == Aggregation::kMean) norm_ = norm_ + confidence;

@@ -55,6 +55,7 @@ inline Dual rsqrt_(const Dual& x) {
 inline Dual abs_(const Dual& x) { return chain(abs_(x.value), x.value < 0.0 ? -1.0 : 1.0, x); }
 // Steps: constant but for their jumps.
 inline Dual ceil_(const Dual& x) { return Dual(ceil_(x.value)); }
+inline Dual floor_(const Dual& x) { return Dual(floor_(x.value)); }
 inline Dual inverse_power_of_two(const Dual& x) { return Dual(inverse_power_of_two(x.value)); }
 inline Dual multiply_subtract(const Dual& a, const Dual& b, const Dual& c) {
   return {multiply_subtract(a.value, b.value, c.value), (a * b - c).slope};

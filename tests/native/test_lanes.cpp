@@ -82,7 +82,8 @@ void test_words() {
       }
       CHECK(all(x < y) == (a < b) && any(x < y) == (a < b));
     }
-    CHECK(same(abs_(P(a))[0], std::fabs(a)) && same(ceil_(P(a))[0], std::ceil(a)));
+    CHECK(same(abs_(P(a))[0], std::fabs(a)) && same(ceil_(P(a))[0], std::ceil(a)) &&
+          same(floor_(P(a))[0], std::floor(a)));
     CHECK(same(sqrt_(P(a))[0], std::sqrt(a)) && same(inverse_power_of_two(P(a))[0], inverse_power_of_two(a)));
   }
   P mixed(T(1));
@@ -273,6 +274,7 @@ template <class P>
 void test_footprints() {
   using T = Real<P>;
   const T width = 6, height = 4;
+  int inner_cells = 0;
   for (int trial = 0; trial < 2000; ++trial) {
     T point[P::kLanes][3], matrix[3][4];
     P lanes[3], matrix_lanes[3][4];
@@ -291,6 +293,9 @@ void test_footprints() {
     const FeatureMap<P> map_lanes{P(width), P(height), P(T(1.25)), P(T(0.5))};
     const Cell<P> cells = cell_of(lanes, matrix_lanes, map_lanes);
     const Footprint<P> packed = footprint_of(cells, map_lanes.width, map_lanes.height);
+    Cell<P> inner;
+    const P is_inner = select(inner_cell_of(lanes, matrix_lanes, map_lanes, inner), P(T(1)), P(T(0)));
+    const Footprint<P> inner_packed = inner_footprint_of(inner);
     for (int lane = 0; lane < P::kLanes; ++lane) {
       const FeatureMap<T> map{width, height, T(1.25), T(0.5)};
       const Cell<T> cell = cell_of(point[lane], matrix, map);
@@ -301,7 +306,35 @@ void test_footprints() {
         CHECK(packed.along_x[i][lane] == one.along_x[i] && packed.along_y[i][lane] == one.along_y[i]);
         CHECK(packed.slope_x[i][lane] == one.slope_x[i] && packed.slope_y[i][lane] == one.slope_y[i]);
       }
+      const bool inside = cell.column >= 0 && cell.column < width - 1 && cell.row >= 0 && cell.row < height - 1;
+      CHECK(inside == (is_inner[lane] == 1));
+      if (!inside) continue;
+      ++inner_cells;
+      CHECK(inner.column[lane] == cell.column && inner.fraction_x[lane] == cell.fraction_x);
+      CHECK(inner.row[lane] == cell.row && inner.fraction_y[lane] == cell.fraction_y);
+      for (int i = 0; i < 2; ++i) {
+        CHECK(inner_packed.column[i][lane] == one.column[i] && inner_packed.row[i][lane] == one.row[i]);
+        CHECK(inner_packed.along_x[i][lane] == one.along_x[i] && inner_packed.along_y[i][lane] == one.along_y[i]);
+        CHECK(inner_packed.slope_x[i][lane] == one.slope_x[i] && inner_packed.slope_y[i][lane] == one.slope_y[i]);
+      }
     }
+  }
+  CHECK(inner_cells > 100);
+}
+
+// As a division gives it, to the last bit.
+template <class P>
+void test_quotient() {
+  using T = Real<P>;
+  for (int trial = 0; trial < 5000; ++trial) {
+    P a, b;
+    for (int lane = 0; lane < P::kLanes; ++lane) {
+      b.v[lane] = T(normal() * std::exp2(std::floor(uniform(-20, 20))));
+      const bool whole = trial % 2 == 0 && lane % 2 == 0;
+      a.v[lane] = whole ? b.v[lane] * T(std::floor(uniform(-8, 9))) : T(normal());
+    }
+    const P divided = a / b, found = quotient(a, b, P(T(1)) / b);
+    for (int lane = 0; lane < P::kLanes; ++lane) CHECK(found[lane] == divided[lane]);
   }
 }
 
@@ -391,6 +424,8 @@ void test_lanes() {
   test_unproject<float>();
   test_unproject<double>();
   test_footprints<Pack<double, 16>>();  // as the kernels do
+  test_quotient<NativePack<float>>();
+  test_quotient<NativePack<double>>();
 }
 
 }  // namespace tritool::cpu::TRITOOL_ISA
