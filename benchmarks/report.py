@@ -230,12 +230,14 @@ What stands between the others and their targets, and what was tried:
   takes 128 exponentials for a softmax; the backward does all of that again and then adds as much to
   the gradient. Tried and kept: blocks of voxels in tiles of the grid, which see the same pixels;
   features and the sums of their gradient in tiles of a page of memory; the incoming gradient, whose
-  channels lie far from each other, and the next pixels prefetched; no features read for a gradient
-  that does not depend on them; no question to a view where all views see the whole block; results
-  written past the caches. Dropped: blocks of 32 voxels, channels in groups of 16 and one division
-  in place of two (all slower); the number of views known to the compiler, rows of pixels turned
-  against each other so that they share no cache set, larger and smaller tiles of the grid (no
-  faster).
+  channels lie far from each other, prefetched a few lines for each voxel, and the next pixels; no
+  features read for a gradient that does not depend on them; cells that lie in the map with all of
+  their pixels found with one division and hardly a comparison; no question to a view where all
+  views see the whole block; confidences judged once for all voxels; no division from one block to
+  the next; results written past the caches. Dropped: blocks of 32 voxels, channels in groups of 16
+  and the next pixels prefetched in the forward (all slower); the number of views known to the
+  compiler, rows of pixels turned against each other so that they share no cache set, larger and
+  smaller tiles of the grid, rows of voxels projected by steps of equal length (no faster).
 - `triangulate` and `rigid_align` compute. The rotations of their singular value decomposition wait
   for each other, each of them for two square roots and two divisions in turn. Tried and kept: views
   and sets gathered once, by whole vectors turned over in registers; the next sets prefetched, one
