@@ -105,8 +105,8 @@ TRITOOL_HD float multiply_subtract(float a, float b, float c) { return float(dou
 TRITOOL_HD double multiply_subtract(double a, double b, double c) { return ::fma(a, b, -c); }
 
 // a / b where 1 / b is at hand: the first product is corrected by what it leaves of a, and then is what a division
-// gives (Markstein, IBM Journal of Research and Development 34, 1990, theorem 1), for numbers whose products are in
-// range. Without the instruction a division costs less.
+// gives (Markstein, IBM Journal of Research and Development 34, 1990), for numbers whose products are in range. Without
+// the instruction a division costs less.
 template <class T>
 TRITOOL_HD T quotient(const T& a, const T& b, [[maybe_unused]] const T& inverse) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)

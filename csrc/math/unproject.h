@@ -50,8 +50,8 @@ TRITOOL_HD Cell<T> cell_of(const T (&point)[3], const T (&matrix)[3][4], const F
   return cell;
 }
 
-// The same for a voxel whose cell lies in the map with all of its pixels, at half of the cost; false for others, whose
-// cell is of no use.
+// The same for a voxel whose cell lies in the map with all of its pixels, with one division in place of two and fewer
+// questions; false for others, whose cell is of no use.
 template <class T>
 TRITOOL_HD Mask<T> inner_cell_of(const T (&point)[3], const T (&matrix)[3][4], const FeatureMap<T>& map,
                                  Cell<T>& cell) {
